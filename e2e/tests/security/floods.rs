@@ -1,5 +1,4 @@
-//! Floods at the rate that one core can send, beside an established connection. The tests print
-//! figures.
+//! Attacks at the rate of one core during a transfer. The tests print the measured rates.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
@@ -23,18 +22,19 @@ use skein_lab::process::{resident_bytes, thread_cpu_seconds};
 use skein_lab::{Family, Lab, Netns, Offloads, Plan, checks};
 
 use crate::overheard::{
-    CONTROL, COOKIE_REPLY, DATA, NOISE, Overheard, RESPONSE, classes, fresh, listens, overheard,
-    recorded,
+    CONTROL, COOKIE_REPLY, DATA, MAX_MEMORY_GROWTH, Overheard, RESPONSE, classes, fresh, listens,
+    overheard, recorded,
 };
 
-/// Minimum ratio of a transfer's speed during and without an attack that uses one of two cores.
-const LEFT: f64 = 0.1;
+/// Minimum speed of a transfer during an attack that uses one of two cores, relative to its speed
+/// without an attack.
+const MIN_SPEED_RATIO: f64 = 0.1;
 
-/// Datagrams of each class that are sent, unless [`AT_MOST`] has passed.
-const OF_EACH: u64 = 50_000;
+/// Maximum number of datagrams that are sent of each class.
+const MAX_DATAGRAMS_PER_CLASS: u64 = 50_000;
 
-/// Maximum time of a class.
-const AT_MOST: Duration = Duration::from_secs(8);
+/// Maximum time in which the datagrams of a class are sent.
+const MAX_SEND_TIME: Duration = Duration::from_secs(8);
 
 fn drops(metrics: &Metrics, reasons: &[&str]) -> f64 {
     let of = |reason: &&str| metrics.sum("skein_drops_total", &[&format!("reason=\"{reason}\"")]);
@@ -45,31 +45,37 @@ fn all_drops(metrics: &Metrics) -> f64 {
     metrics.sum("skein_drops_total", &["direction=\"ingress\""])
 }
 
-/// A connection at full speed that is established before the attacks.
+/// A TCP transfer at full speed that starts before the attacks.
 struct Established {
     transfer: Transfer,
     progress: Arc<FlowProgress>,
 }
 
-/// Progress of the connection over some time.
-struct Progress {
-    /// Speed, megabytes per second.
+/// Speed of the transfer in a period.
+struct TransferSample {
+    /// Megabytes per second.
     speed: f64,
-    /// Longest time without a byte.
+    /// The longest interruption.
     stall: Duration,
 }
 
-impl Progress {
-    /// Describes the progress during an attack. Fails if the transfer almost stopped, compared with
-    /// its speed `alone`.
-    fn beside(&self, alone: f64) -> Result<String> {
+impl TransferSample {
+    /// Compares the speed with `alone`, the speed without an attack, and describes both.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the speed is below `MIN_SPEED_RATIO`, or if an interruption took 10 s.
+    fn compare(&self, alone: f64) -> Result<String> {
         let (speed, stall) = (self.speed, self.stall.as_secs_f64() * 1e3);
         let ratio = speed / alone;
-        ensure!(ratio > LEFT, "the transfer: {speed:.1} MB/s beside it, {alone:.1} alone");
+        ensure!(
+            ratio > MIN_SPEED_RATIO,
+            "The speed fell from {alone:.1} MB/s to {speed:.1} MB/s during the attack."
+        );
         ensure!(stall < 10e3, "The transfer was interrupted for {stall:.0} ms.");
         Ok(format!(
-            "the transfer: {alone:.0} MB/s alone, {speed:.0} beside it, ratio {ratio:.2}, stood for \
-             {stall:.0} ms at most"
+            "transfer: {alone:.0} MB/s without attack, {speed:.0} MB/s during the attack, ratio \
+             {ratio:.2}, longest interruption {stall:.0} ms"
         ))
     }
 }
@@ -84,17 +90,17 @@ impl Established {
         Ok(Self { transfer, progress })
     }
 
-    /// Measures the progress while `work` runs.
-    fn during<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<(Progress, T)> {
+    /// Measures the transfer while `work` runs.
+    fn during<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<(TransferSample, T)> {
         self.progress.take_longest_pause();
         let (before, start) = (self.progress.bytes(), Instant::now());
         let done = work()?;
         let speed = (self.progress.bytes() - before) as f64 / start.elapsed().as_secs_f64() / 1e6;
         let lasting = self.progress.last_received().map_or(start.elapsed(), |last| last.elapsed());
-        Ok((Progress { speed, stall: self.progress.take_longest_pause().max(lasting) }, done))
+        Ok((TransferSample { speed, stall: self.progress.take_longest_pause().max(lasting) }, done))
     }
 
-    /// Returns the speed without an attack, megabytes per second.
+    /// Measures the speed without an attack for three seconds.
     fn alone(&self) -> Result<f64> {
         let wait = || {
             thread::sleep(Duration::from_secs(3));
@@ -103,7 +109,7 @@ impl Established {
         Ok(self.during(wait)?.0.speed)
     }
 
-    /// Ends the transfer, and checks that it did not break and that every byte was right.
+    /// Ends the transfer, and checks that every byte arrived unchanged.
     fn end(self) -> Result<()> {
         self.progress.stop();
         self.transfer.join().map(drop)
@@ -115,7 +121,7 @@ fn memory(agent: &Agent) -> Result<u64> {
 }
 
 #[test]
-fn mutated_datagrams_at_line_rate_change_nothing_and_are_counted() -> Result<()> {
+fn mutated_datagrams_change_no_byte_and_are_counted() -> Result<()> {
     let plan = Plan { offloads: Offloads::Wire, ..Plan::default() };
     let cluster = Cluster::up(&plan, Family::V4)?;
     let (lab, victim) = (&cluster.lab, &cluster.agents[1]);
@@ -127,50 +133,58 @@ fn mutated_datagrams_at_line_rate_change_nothing_and_are_counted() -> Result<()>
 
     let stranger = lab.attach("stranger", 200)?;
     let sender = FloodSender::new(&stranger, listens(lab, 1)?)?;
-    // Spoofed sources: the listening port of the session's other node, and the port of its lane,
-    // whose datagrams GRO merges with the real ones.
+    // Spoofed sources: the listening port of the node that owns the session, and the port of the
+    // lane, whose genuine datagrams GRO merges with the spoofed ones.
     let sources = [listens(lab, 0)?, lane];
     let before_all = memory(victim)?;
-    let (beside, total) = established.during(|| {
+    let (sample, total) = established.during(|| {
         let mut total = FloodStats::default();
         for class in classes(&real) {
             let before = fresh(victim)?;
             let source = |number| sources[number as usize % sources.len()];
-            let sent = sender.send(&class.datagrams, OF_EACH, AT_MOST, source)?;
+            let (most, time) = (MAX_DATAGRAMS_PER_CLASS, MAX_SEND_TIME);
+            let sent = sender.send(&class.datagrams, most, time, source)?;
             let after = fresh(victim)?;
             let counted = drops(&after, class.reasons) - drops(&before, class.reasons);
             let all = all_drops(&after) - all_drops(&before);
             let overflow = |m: &Metrics| m.sum("skein_receive_queue_overflow_total", &[]);
             println!(
-                "{}: {} sent, {:.0} a second; {counted} counted, {} overflowed the sockets",
+                "{}: {} sent, {:.0} per second; {counted} counted, {} overflowed the sockets",
                 class.name,
                 sent.datagrams,
                 sent.rate(),
                 overflow(&after) - overflow(&before),
             );
-            ensure!(sent.datagrams > 10_000, "{}: {} sent", class.name, sent.datagrams);
-            ensure!(counted > sent.datagrams as f64 / 2.0, "{}: {counted} counted", class.name);
-            ensure!(all == counted, "{}: {all} drops, {counted} of them expected", class.name);
+            let (name, datagrams) = (class.name, sent.datagrams);
+            ensure!(datagrams > 10_000, "{name}: Only {datagrams} datagrams were sent.");
+            ensure!(
+                counted > datagrams as f64 / 2.0,
+                "{name}: Only {counted} of {datagrams} datagrams are counted as dropped."
+            );
+            ensure!(
+                all == counted,
+                "{name}: {all} drops are counted, but only {counted} with an expected reason."
+            );
             total.add(sent);
         }
         Ok(total)
     })?;
     println!(
-        "withstood {:.0} datagrams a second for {:.1} s; {}",
+        "received {:.0} datagrams per second for {:.1} s; {}",
         total.rate(),
         total.seconds,
-        beside.beside(alone)?
+        sample.compare(alone)?
     );
     established.end()?;
     let grown = memory(victim)?.saturating_sub(before_all);
-    ensure!(grown < NOISE, "memory has grown by {grown} bytes");
+    ensure!(grown < MAX_MEMORY_GROWTH, "The memory has grown by {grown} bytes.");
     let outcome = receiver.stop()?;
-    let right = outcome.received == sent && outcome.corrupt == 0;
-    ensure!(right, "{sent} sent, {outcome:?}");
+    let is_complete = outcome.received == sent && outcome.corrupt == 0;
+    ensure!(is_complete, "Of {sent} datagrams sent, the receiver got: {outcome:?}");
     checks::mixed_traffic(lab, 1 << 20)
 }
 
-/// An attacker on the path delays datagrams and sends them in another order.
+/// An attacker on the path delays datagrams and forwards them in reverse order, three times.
 #[test]
 fn datagrams_held_back_and_reordered_arrive_once() -> Result<()> {
     let plan = Plan { offloads: Offloads::Wire, ..Plan::default() };
@@ -186,7 +200,7 @@ fn datagrams_held_back_and_reordered_arrive_once() -> Result<()> {
     ))?;
     let (receiver, _, Overheard { datagrams: mut held, .. }) = recorded(lab, 500)?;
     switch.sh("nft delete table bridge held")?;
-    // 1000 bytes of payload, 28 of inner headers, and 32 of the overlay's header and tag.
+    // 1000 bytes of payload, 28 bytes of inner headers, 32 bytes of overlay header and tag.
     held.retain(|datagram| datagram[0] == DATA && datagram.len() == 1060);
     held.reverse();
     let stranger = lab.attach("stranger", 200)?;
@@ -196,7 +210,7 @@ fn datagrams_held_back_and_reordered_arrive_once() -> Result<()> {
     let replays = ["replayed", "replay_window"];
     for round in 0..3 {
         let before = drops(&fresh(&cluster.agents[1])?, &replays);
-        // The low rate avoids losses.
+        // The rate is low, so that no datagram is lost.
         for part in held.chunks(50) {
             let all = part.len() as u64;
             sender.send(part, all, Duration::from_secs(1), |_| from)?;
@@ -204,16 +218,21 @@ fn datagrams_held_back_and_reordered_arrive_once() -> Result<()> {
         }
         let after = drops(&fresh(&cluster.agents[1])?, &replays);
         let expected = if round == 0 { 0 } else { count };
-        ensure!(after - before == expected as f64, "{round}: {} of {count}", after - before);
+        let counted = after - before;
+        ensure!(
+            counted == expected as f64,
+            "Round {round}: {counted} replays are counted instead of {expected}."
+        );
     }
     let outcome = receiver.stop()?;
-    let right = outcome.received == count && outcome.corrupt == 0;
-    ensure!(right, "{count} let go, {outcome:?}");
-    ensure!(outcome.reordered + 1 == count, "they came in order: {outcome:?}");
+    let is_complete = outcome.received == count && outcome.corrupt == 0;
+    ensure!(is_complete, "Of {count} datagrams forwarded, the receiver got: {outcome:?}");
+    ensure!(outcome.reordered + 1 == count, "The datagrams were not reordered: {outcome:?}");
     checks::all_reach_all(lab)
 }
 
-/// Returns initiations of unknown nodes to the owner of a public key. Their mac1 is right.
+/// Creates initiations with a valid mac1 to the owner of the public key `to`, by nodes that have no
+/// record.
 fn initiations(to: &str, count: u16) -> Result<Vec<Vec<u8>>> {
     use base64::Engine as _;
     let key = base64::engine::general_purpose::STANDARD.decode(to)?;
@@ -242,7 +261,8 @@ fn initiations(to: &str, count: u16) -> Result<Vec<Vec<u8>>> {
     (0..count).map(one).collect()
 }
 
-/// Returns forged responses, cookie replies, and control messages of the session with this index.
+/// Creates forged responses, cookie replies, and control messages with the receiver index
+/// `session`: messages that a sender can create without an initiation.
 fn other_messages(session: &[u8]) -> Vec<Vec<u8>> {
     let mut random = Pattern::new(5);
     let mut one = |kind, length| {
@@ -263,7 +283,7 @@ fn other_messages(session: &[u8]) -> Vec<Vec<u8>> {
     (0..700).flat_map(|_| lengths).map(|(kind, length)| one(kind, length)).collect()
 }
 
-/// Returns the bytes that a machine has sent and received on its interface.
+/// Returns the number of bytes that a machine has sent and received on its interface.
 fn traffic(machine: &Netns) -> Result<(f64, f64)> {
     let text = machine.ip("-s -j link show eth0")?;
     let links: serde_json::Value = serde_json::from_str(&text)?;
@@ -271,9 +291,9 @@ fn traffic(machine: &Netns) -> Result<(f64, f64)> {
     Ok((bytes("tx")?, bytes("rx")?))
 }
 
-/// The floods come from 65,536 addresses with changing ports. The attacker receives all answers.
+/// The flood has 65536 source addresses and varying ports; all answers reach the flooding machine.
 #[test]
-fn handshake_floods_leave_established_traffic_and_newcomers_alone() -> Result<()> {
+fn handshake_floods_stop_neither_transfers_nor_new_nodes() -> Result<()> {
     let cluster = Cluster::up(&Plan { nodes: 3, ..Plan::default() }, Family::V4)?;
     let (lab, victim) = (&cluster.lab, &cluster.agents[1]);
     let (a, b, c) = (lab.pod(0), lab.pod(1), lab.pod(2));
@@ -284,8 +304,8 @@ fn handshake_floods_leave_established_traffic_and_newcomers_alone() -> Result<()
     let stranger = lab.attach("stranger", 200)?;
     stranger.ip("route add local 198.18.0.0/16 dev lo")?;
     lab.nodes[1].ns.ip("route add 198.18.0.0/16 via 192.0.2.200")?;
-    // Answers go to the port that an initiation names. This socket avoids ICMP errors.
-    let sink = stranger.run(|| retry_bind(|| UdpSocket::bind(("0.0.0.0", PORT))))??;
+    // Answers go to the port that an initiation names; the socket prevents ICMP errors.
+    let sink = stranger.run(|| UdpSocket::bind(("0.0.0.0", PORT)))??;
     let sender = FloodSender::new(&stranger, listens(lab, 1)?)?;
     let known = initiations(&victim.record.public_key, 2000)?;
     let unknown = known.iter().map(|real| {
@@ -300,11 +320,11 @@ fn handshake_floods_leave_established_traffic_and_newcomers_alone() -> Result<()
     let before_all = memory(victim)?;
     for (what, datagrams) in [
         ("of initiations without the node's key", &unknown),
-        ("of initiations with it", &known),
+        ("of initiations with the node's key", &known),
         ("of responses, cookie replies and control messages", &others),
     ] {
         let before = (traffic(&stranger)?, thread_cpu_seconds(pid)?, fresh(victim)?);
-        let (beside, flood) = established.during(|| {
+        let (sample, flood) = established.during(|| {
             let mut flood = FloodStats::default();
             while flood.seconds < 6.0 {
                 let part = Duration::from_millis(200);
@@ -324,9 +344,9 @@ fn handshake_floods_leave_established_traffic_and_newcomers_alone() -> Result<()
         };
         let counted = |reason: &str| drops(&after.2, &[reason]) - drops(&before.2, &[reason]);
         println!(
-            "a flood {what}: {:.0} messages a second for {:.1} s; CPU of the manager {:.2} s, of the \
-             lanes {:.2} s; {} invalid, {} unknown, {} cookies, {} not authentic, {} beyond the queue; \
-             {:.0} MB asked, {:.0} answered; {}",
+            "a flood {what}: {:.0} messages per second for {:.1} s; CPU time of the manager {:.2} s, \
+             of the lanes {:.2} s; {} invalid, {} of unknown peers, {} without cookie, {} not \
+             authentic, {} over the queue's bound; {:.0} MB sent, {:.0} MB answered; {}",
             flood.rate(),
             flood.seconds,
             cpu("manager"),
@@ -338,26 +358,32 @@ fn handshake_floods_leave_established_traffic_and_newcomers_alone() -> Result<()
             counted("manager_queue"),
             asked / 1e6,
             answered / 1e6,
-            beside.beside(alone)?
+            sample.compare(alone)?
         );
-        ensure!(answered < asked, "{answered} bytes in answer to {asked}");
+        ensure!(answered < asked, "{asked} bytes caused answers of {answered} bytes.");
         if datagrams == &others {
-            ensure!(counted("handshake_invalid") > 1000.0, "responses and cookies are not counted");
-            ensure!(counted("auth_failed") > 1000.0, "control messages are not counted");
+            let invalid = counted("handshake_invalid");
+            ensure!(invalid > 1000.0, "Only {invalid} responses and cookies are counted.");
+            let failed = counted("auth_failed");
+            ensure!(failed > 1000.0, "Only {failed} control messages are counted.");
         } else if datagrams == &known {
-            ensure!(counted("handshake_cookie_required") > 1000.0, "no cookies");
-            // 64 per second, and the burst of the limiter.
+            let required = counted("handshake_cookie_required");
+            ensure!(required > 1000.0, "Only {required} cookies were required.");
+            // The limit is 64 per second; tokens of about three seconds had accumulated.
             let most = 64.0 * (flood.seconds + 3.0);
-            ensure!(counted("handshake_unknown_peer") < most, "more public-key operations");
+            let done = counted("handshake_unknown_peer");
+            ensure!(done < most, "{done} public-key operations were done, more than {most}.");
         } else {
-            ensure!(counted("handshake_invalid") > 1000.0, "not counted");
-            ensure!(counted("handshake_cookie_required") == 0.0, "cookies for the ignorant");
+            let invalid = counted("handshake_invalid");
+            ensure!(invalid > 1000.0, "Only {invalid} invalid initiations are counted.");
+            let required = counted("handshake_cookie_required");
+            ensure!(required == 0.0, "{required} senders without the key received a cookie.");
         }
     }
 
     established.end()?;
 
-    // Two nodes without a session start a handshake during floods of all types.
+    // A handshake of two nodes without a session, during a flood of all message types.
     let all = [known, others].concat();
     let stop = AtomicBool::new(false);
     let joined = thread::scope(|scope| -> Result<_> {
@@ -378,10 +404,13 @@ fn handshake_floods_leave_established_traffic_and_newcomers_alone() -> Result<()
     })?;
     let cookies = fresh(&cluster.agents[2])?;
     let cookies = cookies.sum("skein_handshakes_total", &["result=\"cookie_received\""]);
-    println!("a new node joined {:.1} s into it, with {cookies} cookies", joined.as_secs_f64());
-    ensure!(cookies > 0.0, "it joined without a cookie: was there a flood?");
+    println!(
+        "a new node joined after {:.1} s of the flood, with {cookies} cookies",
+        joined.as_secs_f64()
+    );
+    ensure!(cookies > 0.0, "The node joined without a cookie, so the flood had no effect.");
     drop(sink);
     let grown = memory(victim)?.saturating_sub(before_all);
-    ensure!(grown < NOISE, "memory has grown by {grown} bytes");
+    ensure!(grown < MAX_MEMORY_GROWTH, "The memory has grown by {grown} bytes.");
     checks::all_reach_all(lab)
 }

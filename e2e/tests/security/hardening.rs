@@ -1,4 +1,4 @@
-//! What the agent's processes may do, who may talk to them, and what they never say.
+//! Confinement of the agent's processes, access to their sockets, and secrecy of private keys.
 
 use std::fs::{self, Permissions};
 use std::io::{ErrorKind, Read as _, Write as _};
@@ -21,13 +21,13 @@ use skein_lab::{Family, Lab, Plan, process};
 
 const NOBODY: u32 = 65_534;
 
-/// Does something in a directory as a user without rights, who need not be able to get there. The kernel keeps
-/// these for each thread.
+/// Runs `work` with the working directory `directory` as the user nobody, who may lack the right to
+/// enter the directory. The kernel keeps user and working directory for each thread.
 fn as_nobody<T: Send>(directory: &Path, work: impl FnOnce() -> T + Send) -> Result<T> {
     thread::scope(|scope| {
         let nobody = scope.spawn(|| -> Result<T> {
-            // SAFETY: this thread has no working directory in common with the others from now on, and they
-            // none with it; nothing of memory or descriptors changes.
+            // SAFETY: UnshareFlags::FS gives this thread a working directory of its own; memory and
+            // descriptors stay shared.
             unsafe { unshare_unsafe(UnshareFlags::FS)? };
             std::env::set_current_dir(directory)?;
             let (user, group) = (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY));
@@ -36,14 +36,15 @@ fn as_nobody<T: Send>(directory: &Path, work: impl FnOnce() -> T + Send) -> Resu
             set_thread_res_uid(user, user, user)?;
             Ok(work())
         });
-        nobody.join().ok().context("panicked")?
+        nobody.join().ok().context("the thread panicked")?
     })
 }
 
-/// What is answered to these bytes; nothing where whoever listens hangs up.
+/// Sends `question` and returns the first 64 bytes of the answer; empty if the peer closes the
+/// connection.
 fn answer(mut stream: UnixStream, question: &[u8]) -> Result<Vec<u8>> {
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-    // Whoever is hung up on at once may not even get to ask.
+    // A connection that the peer has already closed may refuse the write.
     let asked = stream.write_all(question).and_then(|()| stream.shutdown(Shutdown::Write));
     let mut answer = vec![0; 64];
     match asked.and_then(|()| stream.read(&mut answer)) {
@@ -79,33 +80,37 @@ fn sockets_answer_root_only() -> Result<()> {
     for (name, question) in &sockets {
         let path = directory.join(name);
         let mode = fs::metadata(&path)?.permissions().mode();
-        ensure!(mode & 0o777 == 0o600, "{name} has mode {mode:o}");
+        ensure!(mode & 0o777 == 0o600, "The socket {name} has mode {mode:o}.");
         let asked = answer(UnixStream::connect(&path)?, question)?;
-        ensure!(!asked.is_empty(), "{name} does not answer root");
+        ensure!(!asked.is_empty(), "The socket {name} does not answer root.");
     }
-    // The file's mode keeps others away …
+    // The mode of the file refuses other users.
     for (name, _) in &sockets {
         let connect = || UnixStream::connect(name).err().map(|error| error.kind());
         let error = as_nobody(&directory, connect)?;
-        ensure!(error == Some(ErrorKind::PermissionDenied), "{name}: {error:?}");
+        ensure!(
+            error == Some(ErrorKind::PermissionDenied),
+            "Another user's connect to {name} returned: {error:?}"
+        );
     }
-    // … and where somebody has changed it, the kernel's word for who they are.
+    // If the mode was changed, the agent checks the peer's credentials (SO_PEERCRED).
     fs::set_permissions(&directory, Permissions::from_mode(0o711))?;
     for (name, question) in &sockets {
         let path = directory.join(name);
         fs::set_permissions(&path, Permissions::from_mode(0o666))?;
         let stream = as_nobody(&directory, || UnixStream::connect(name))?;
-        let stream = stream.with_context(|| format!("{name}: the file keeps nobody away now"))?;
+        let stream = stream.with_context(|| format!("{name}: mode 666 refuses another user"))?;
         let said = answer(stream, question)?;
-        ensure!(said.is_empty(), "{name} answers nobody: {}", String::from_utf8_lossy(&said));
+        let text = String::from_utf8_lossy(&said);
+        ensure!(said.is_empty(), "The socket {name} answers another user: {text}");
         let asked = answer(UnixStream::connect(&path)?, question)?;
-        ensure!(!asked.is_empty(), "{name} answers root no more");
+        ensure!(!asked.is_empty(), "The socket {name} no longer answers root.");
     }
     Ok(())
 }
 
 #[test]
-fn sockets_are_not_made_where_others_may_write() -> Result<()> {
+fn sockets_are_not_created_where_others_may_write() -> Result<()> {
     let lab = Lab::new(&Plan { nodes: 1, pods: 0, ..Plan::default() })?;
     let mut cluster = Cluster::prepare(lab, Family::V4)?;
     let open = cluster.lab.directory().join("open");
@@ -122,11 +127,18 @@ fn sockets_are_not_made_where_others_may_write() -> Result<()> {
         let refused = |what: &str, finished: process::Finished| {
             let said = format!("{}{}", finished.stdout, finished.stderr);
             let named = said.contains(&directory.display().to_string());
-            ensure!(finished.code != 0 && named, "{what}: {}: {said}", finished.code);
+            ensure!(
+                finished.code != 0 && named,
+                "{what}: The process ended with code {} and this output: {said}",
+                finished.code
+            );
             let made = fs::read_dir(&directory)?.flatten().map(|entry| entry.path());
             let sockets: Vec<_> =
                 made.filter(|path| path.extension().is_some_and(|end| end == "sock")).collect();
-            ensure!(directory.is_symlink() || sockets.is_empty(), "{what}: {sockets:?}");
+            ensure!(
+                directory.is_symlink() || sockets.is_empty(),
+                "{what}: Sockets were created: {sockets:?}"
+            );
             Ok(())
         };
         for key in ["control.socket", "dataplane.socket", "cni.socket"] {
@@ -150,7 +162,7 @@ fn sockets_are_not_made_where_others_may_write() -> Result<()> {
     Ok(())
 }
 
-/// A field of `/proc/PID/status`.
+/// Returns the field `name` of `/proc/PID/status`.
 fn field(pid: i32, name: &str) -> Result<String> {
     let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let mut lines = text.lines().filter_map(|line| line.split_once(':'));
@@ -162,7 +174,7 @@ fn capabilities(pid: i32, set: &str) -> Result<u64> {
     Ok(u64::from_str_radix(&field(pid, set)?, 16)?)
 }
 
-/// Of `linux/capability.h`.
+/// Bits of capabilities, as `linux/capability.h` numbers them.
 const DAC_OVERRIDE: u64 = 1 << 1;
 const NET_BIND_SERVICE: u64 = 1 << 10;
 const NET_ADMIN: u64 = 1 << 12;
@@ -170,7 +182,7 @@ const SYS_PTRACE: u64 = 1 << 19;
 const SYS_ADMIN: u64 = 1 << 21;
 
 #[test]
-fn processes_keep_the_rights_that_they_need_and_no_others() -> Result<()> {
+fn processes_keep_only_the_capabilities_that_they_need() -> Result<()> {
     let lab = Lab::new(&Plan { nodes: 2, pods: 0, ..Plan::default() })?;
     let mut cluster = Cluster::prepare(lab, Family::V4)?;
     cluster.agents[0].serve_pods()?;
@@ -186,23 +198,27 @@ fn processes_keep_the_rights_that_they_need_and_no_others() -> Result<()> {
         let pids = [(vec![pid], control, "0"), (agent.keeper_pids(), data, "0")];
         let workers = (agent.dataplane_pids(), data, seccomp);
         for (pids, allowed, seccomp) in pids.into_iter().chain([workers]) {
-            ensure!(pids.len() == 1, "{pids:?}");
+            ensure!(pids.len() == 1, "There is not exactly one process: {pids:?}");
             for entry in fs::read_dir(format!("/proc/{}/task", pids[0]))? {
                 let task: i32 = entry?.file_name().to_string_lossy().parse()?;
                 for set in ["CapEff", "CapPrm"] {
                     let has = capabilities(task, set)?;
-                    ensure!(has == allowed, "{task}: {set} {has:x} where it needs {allowed:x}");
+                    ensure!(
+                        has == allowed,
+                        "{set} of thread {task} is {has:x} instead of {allowed:x}."
+                    );
                 }
-                // A child cannot bound itself further, nor need it: it gains nothing.
+                // A child cannot reduce its bounding set (CAP_SETPCAP), and cannot gain from it.
                 let bounds = capabilities(task, "CapBnd")?;
-                ensure!(bounds == control, "{task}: bounded by {bounds:x}");
+                ensure!(bounds == control, "The bounding set of thread {task} is {bounds:x}.");
                 ensure!(capabilities(task, "CapInh")? == 0 && capabilities(task, "CapAmb")? == 0);
-                ensure!(field(task, "NoNewPrivs")? == "1", "{task}");
-                ensure!(field(task, "Seccomp")? == seccomp, "{task}: {}", field(task, "Seccomp")?);
+                let no_new = field(task, "NoNewPrivs")?;
+                ensure!(no_new == "1", "NoNewPrivs of thread {task} is {no_new}.");
+                let mode = field(task, "Seccomp")?;
+                ensure!(mode == seccomp, "Seccomp of thread {task} is {mode}, not {seccomp}.");
             }
         }
     }
-    // By log, too.
     let log = fs::read_to_string(cluster.agents[1].log())?;
     ensure!(log.contains("not confined: seccomp forced off"), "{log}");
     Ok(())
@@ -234,9 +250,9 @@ fn missing_confinement_is_shown_and_can_be_refused() -> Result<()> {
     let said = format!("{}{}", finished.stdout, finished.stderr);
     ensure!(finished.code != 0 && said.contains("dataplane.require_confinement"), "{said}");
     ensure!(said.contains("the kernel does not support seccomp filters"), "{said}");
-    ensure!(agent.dataplane_pids().is_empty(), "a data process runs");
+    ensure!(agent.dataplane_pids().is_empty(), "A data process runs without confinement.");
 
-    // A data process from a time without the setting is replaced.
+    // A data process that was started without the setting is replaced.
     let agent = &mut cluster.agents[1];
     agent.set("dataplane.require_confinement", false);
     agent.set("dataplane.seccomp", false);
@@ -244,23 +260,23 @@ fn missing_confinement_is_shown_and_can_be_refused() -> Result<()> {
     ensure!(agent.stop()? == 0);
     agent.start()?;
     let before = agent.dataplane_pids();
-    ensure!(field(before[0], "Seccomp")? == "0", "the data process is confined");
-    ensure!(agent.stop()? == 0 && agent.dataplane_pids() == before, "the data process has ended");
+    ensure!(field(before[0], "Seccomp")? == "0", "The data process is confined.");
+    ensure!(agent.stop()? == 0 && agent.dataplane_pids() == before, "The data process has ended.");
     agent.set("dataplane.seccomp", true);
     agent.set("dataplane.require_confinement", true);
     agent.start()?;
     let after = agent.dataplane_pids();
-    ensure!(after.len() == 1 && after != before, "the data process was kept: {after:?}");
-    ensure!(field(after[0], "Seccomp")? == "2", "the data process is not confined");
+    ensure!(after.len() == 1 && after != before, "The data process was not replaced: {after:?}");
+    ensure!(field(after[0], "Seccomp")? == "2", "The data process is not confined.");
     Ok(())
 }
 
-/// How a secret could be written.
+/// Returns the texts in which the key could appear: base64, hexadecimal, and lists of numbers.
 fn shapes(key: &str) -> Result<Vec<String>> {
     let bytes = base64::engine::general_purpose::STANDARD.decode(key)?;
     let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     let list: Vec<_> = bytes.iter().map(u8::to_string).collect();
-    // Half of it is as bad.
+    // Half of a key is also a leak.
     let start = &list[..12];
     let shapes =
         vec![key[..16].to_owned(), hex[..24].to_owned(), start.join(", "), start.join(",")];
@@ -268,7 +284,7 @@ fn shapes(key: &str) -> Result<Vec<String>> {
 }
 
 #[test]
-fn no_private_key_is_ever_said() -> Result<()> {
+fn private_key_appears_in_no_output() -> Result<()> {
     let lab = Lab::new(&Plan::default())?;
     let mut cluster = Cluster::prepare(lab, Family::V4)?;
     for agent in &mut cluster.agents {
@@ -286,7 +302,7 @@ fn no_private_key_is_ever_said() -> Result<()> {
     for agent in &cluster.agents {
         all += &said(agent)?;
     }
-    // What only a fault makes it say.
+    // Faults and restarts cause further log lines.
     let victim = cluster.agents[0].dataplane_pids();
     kill_process(Pid::from_raw(victim[0]).context("no process")?, Signal::KILL)?;
     checks::all_reach_all(&cluster.lab)?;
@@ -299,15 +315,19 @@ fn no_private_key_is_ever_said() -> Result<()> {
         all += &said(agent)?;
         all += &fs::read_to_string(agent.log())?;
     }
-    ensure!(all.contains("\"level\":\"trace\""), "the log is not at its finest");
+    ensure!(all.contains("\"level\":\"trace\""), "The log has no lines of level trace.");
     for node in ["node-a", "node-b"] {
         let key = fs::read_to_string(cluster.lab.directory().join(node).join("node.key"))?;
         for shape in shapes(key.trim())? {
-            ensure!(!all.contains(&shape), "{node}'s private key is said: {shape}");
+            ensure!(
+                !all.contains(&shape),
+                "The private key of {node} appears in an output: {shape}"
+            );
         }
     }
-    // The search would find one.
+    // Counter-check: the search finds a public key.
     let public = &cluster.agents[0].record.public_key;
-    ensure!(shapes(public)?.iter().any(|shape| all.contains(shape)), "public keys are not found");
+    let is_found = shapes(public)?.iter().any(|shape| all.contains(shape));
+    ensure!(is_found, "The search does not find the public key in the outputs.");
     Ok(())
 }

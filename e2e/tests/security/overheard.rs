@@ -12,7 +12,7 @@ use skein_lab::load::pattern::Pattern;
 use skein_lab::load::udp;
 use skein_lab::{Family, Lab};
 
-/// Message type of handshake responses.
+/// Message type of a handshake response, the first byte of the datagram.
 pub(super) const RESPONSE: u8 = 2;
 
 /// Message type of cookie replies.
@@ -24,17 +24,17 @@ pub(super) const DATA: u8 = 4;
 /// Message type of control messages.
 pub(super) const CONTROL: u8 = 5;
 
-/// Difference of memory that does not count as growth, bytes.
-pub(super) const NOISE: u64 = 8 << 20;
+/// Maximum growth of the data process's memory during an attack, bytes.
+pub(super) const MAX_MEMORY_GROWTH: u64 = 8 << 20;
 
 pub(super) fn v4(address: IpAddr) -> Result<Ipv4Addr> {
     match address {
         IpAddr::V4(v4) => Ok(v4),
-        IpAddr::V6(v6) => bail!("{v6} is not of IPv4"),
+        IpAddr::V6(v6) => bail!("The address {v6} is not an IPv4 address."),
     }
 }
 
-/// Returns the address and port on which a node listens.
+/// Returns the underlay address and port on which a node listens.
 pub(super) fn listens(lab: &Lab, node: usize) -> Result<SocketAddrV4> {
     Ok(SocketAddrV4::new(v4(lab.nodes[node].underlay(Family::V4))?, PORT))
 }
@@ -42,11 +42,11 @@ pub(super) fn listens(lab: &Lab, node: usize) -> Result<SocketAddrV4> {
 /// Captured datagrams of the overlay, without duplicates.
 pub(super) struct Overheard {
     pub(super) datagrams: Vec<Vec<u8>>,
-    /// Source of the last datagram with data, the socket of a lane.
+    /// Source address of the last captured data datagram: the socket of a lane.
     pub(super) lane: SocketAddrV4,
 }
 
-/// Captures the datagrams of the overlay to an address while `work` runs.
+/// Captures the overlay's datagrams to the address `to` while `work` runs.
 pub(super) fn overheard(
     lab: &Lab,
     to: Ipv4Addr,
@@ -69,8 +69,8 @@ pub(super) fn overheard(
     Ok(Overheard { datagrams, lane: lane.context("no data was captured")? })
 }
 
-/// Sends `count` datagrams of 1000 bytes from the first pod to the second and captures them at the
-/// switch. Returns the running receiver, the number of datagrams, and the capture.
+/// Sends `count` datagrams of 1000 bytes from the first pod to the second, and captures them on the
+/// switch. Returns the receiver, which still runs, the number sent, and the captured datagrams.
 pub(super) fn recorded(lab: &Lab, count: u64) -> Result<(udp::Receiver, u64, Overheard)> {
     let (a, b) = (lab.pod(0), lab.pod(1));
     let at = SocketAddr::new(b.address(Family::V4), 7001);
@@ -84,14 +84,14 @@ pub(super) fn recorded(lab: &Lab, count: u64) -> Result<(udp::Receiver, u64, Ove
     })?;
     // A capture on a busy host may miss a few datagrams.
     let datagrams = captured.datagrams.len() as u64;
-    ensure!(datagrams >= sent * 9 / 10, "{datagrams} captured of {sent}");
+    ensure!(datagrams >= sent * 9 / 10, "Only {datagrams} of {sent} datagrams were captured.");
     Ok((receiver, sent, captured))
 }
 
-/// Datagrams that an attacker derives from real ones, and the reasons for which they may be
-/// dropped.
+/// Datagrams that an unauthenticated sender derives from recorded ones by one method.
 pub(super) struct Class {
     pub(super) name: &'static str,
+    /// Drop reasons that may count these datagrams.
     pub(super) reasons: &'static [&'static str],
     pub(super) datagrams: Vec<Vec<u8>>,
 }
@@ -103,7 +103,7 @@ pub(super) fn classes(real: &[Vec<u8>]) -> Vec<Class> {
         random.fill(&mut bytes);
         (u64::from_be_bytes(bytes) % below.max(1) as u64) as usize
     };
-    // A valid header with random bytes after it.
+    // The header is genuine, and the rest is random.
     let forged = real.iter().map(|real| {
         let mut forged = real.clone();
         Pattern::new(number(usize::MAX) as u64).fill(&mut forged[16..]);
@@ -150,8 +150,7 @@ pub(super) fn classes(real: &[Vec<u8>]) -> Vec<Class> {
     ]
 }
 
-/// Waits until the metrics contain everything up to now, and returns them. The agent reads reports
-/// once per second.
+/// Returns the metrics after a wait of 1.2 s, because the agent reads counters once per second.
 pub(super) fn fresh(agent: &Agent) -> Result<Metrics> {
     thread::sleep(Duration::from_millis(1200));
     agent.metrics()

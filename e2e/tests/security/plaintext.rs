@@ -47,8 +47,8 @@ fn packets_for_a_removed_node_are_refused(cluster_cidrs: bool) -> Result<()> {
     })?;
     scene.refused("no agent", &gone)?;
     if cluster_cidrs {
-        let nobodys = ["10.244.77.7".parse()?, "fd00:10:244:77::7".parse()?];
-        scene.refused("prefix that no node ever had", &nobodys)?;
+        let unowned = ["10.244.77.7".parse()?, "fd00:10:244:77::7".parse()?];
+        scene.refused("prefix that no node ever had", &unowned)?;
     }
     // The node comes back.
     for agent in &scene.cluster.agents {
@@ -250,7 +250,7 @@ fn waiting_agent_refuses_kept_prefixes() -> Result<()> {
     scene.ns(0).ip("link del skein0")?;
     flush(scene.ns(0))?;
     let agent = &mut scene.cluster.agents[0];
-    await_records_of_nobody(agent)?;
+    await_records_of_unreachable_server(agent)?;
     agent.launch()?;
     let limit = checks::EVENT_TIMEOUT;
     let ns = scene.ns(0);
@@ -261,7 +261,7 @@ fn waiting_agent_refuses_kept_prefixes() -> Result<()> {
 }
 
 /// Makes the agent read its records from an API server that does not exist.
-fn await_records_of_nobody(agent: &mut Agent) -> Result<()> {
+fn await_records_of_unreachable_server(agent: &mut Agent) -> Result<()> {
     let path = agent.records_directory().with_file_name("kubeconfig");
     let text = r#"{ "apiVersion": "v1", "kind": "Config", "current-context": "x",
         "clusters": [{ "name": "x", "cluster": { "server": "http://192.0.2.99:6443" } }],

@@ -1,4 +1,4 @@
-//! Strangers, former members and eavesdroppers get nothing.
+//! Unauthenticated senders, removed nodes, holders of a stolen key, and eavesdroppers.
 
 use std::fs;
 use std::io::{Read as _, Write as _};
@@ -35,16 +35,16 @@ fn wrong_keys_get_no_session() -> Result<()> {
         checks::does_not_reach(a, b, family)?;
         checks::does_not_reach(b, a, family)?;
     }
-    // A's key is right, so B may start a handshake with it; A knows no such key and refuses.
+    // Node b has the right key of node a and starts a handshake; node a does not know b's key.
     let refused = dropped(&cluster.agents[0], "handshake_unknown_peer")?;
-    ensure!(refused > 0.0, "no refused handshake is counted\n{}", cluster.logs());
-    // With the right key it works, without a restart.
+    ensure!(refused > 0.0, "No refused handshake is counted.\n{}", cluster.logs());
+    // The corrected record takes effect without a restart.
     cluster.agents[0].put_record(&cluster.agents[1].record)?;
     checks::wait_until_reached(a, b, Family::V4, checks::EVENT_TIMEOUT)?;
     Ok(())
 }
 
-/// A namespace that is linked to a new interface of `node`.
+/// Creates a namespace that is linked to a new interface of `node`.
 fn neighbour(node: &Netns, label: &str, interface: &str) -> Result<Netns> {
     let ns = Netns::create(label)?;
     veth((&ns, "eth0"), (node, interface), 1500)?;
@@ -66,7 +66,7 @@ fn advertisements_count_on_the_uplink_only() -> Result<()> {
         node.sysctl("net.ipv6.conf.uplink.accept_ra", "1")?;
         let end = Instant::now() + checks::EVENT_TIMEOUT;
         while !node.ip("-6 route show default")?.contains("dev uplink proto ra") {
-            ensure!(Instant::now() < end, "the node learns no route by the uplink");
+            ensure!(Instant::now() < end, "The node learns no route from the uplink.");
             advertise_router(&router, "eth0", uplink)?;
             thread::sleep(Duration::from_millis(100));
         }
@@ -75,27 +75,30 @@ fn advertisements_count_on_the_uplink_only() -> Result<()> {
     cluster.start()?;
     let node = &cluster.lab.nodes[0].ns;
     let routes = || node.ip("-6 route show");
-    ensure!(routes()?.contains("default via fe80::bad dev uplink"), "{}", routes()?);
-    ensure!(accept_ra(node, "uplink")?.trim() == "2", "the uplink ignores its router");
-    // Another network of the node, as another CNI plugin or a container engine makes it.
+    let learned = "default via fe80::bad dev uplink";
+    ensure!(routes()?.contains(learned), "The route of the uplink is lost: {}", routes()?);
+    ensure!(accept_ra(node, "uplink")?.trim() == "2", "The uplink ignores its router.");
+    // Another network of the node, as another CNI plugin or a container engine creates it.
     bridge(node, "br-other")?;
     let container = neighbour(node, "container", "port")?;
     enslave(node, "port", "br-other")?;
     for interface in ["all", "default", "br-other"] {
         let value = accept_ra(node, interface)?;
-        ensure!(value.trim() == "1", "{interface} has accept_ra {value}");
+        ensure!(value.trim() == "1", "accept_ra of {interface} is {value} instead of 1.");
     }
     for _ in 0..5 {
         advertise_router(&container, "eth0", "2001:db8:bad::".parse()?)?;
         advertise_router(&router, "eth0", uplink)?;
         thread::sleep(Duration::from_millis(200));
         let routes = routes()?;
-        ensure!(!routes.contains("2001:db8:bad"), "the node believes a container: {routes}");
+        let is_unchanged = !routes.contains("2001:db8:bad");
+        ensure!(is_unchanged, "A container's advertisement changed the routes: {routes}");
         let defaults = routes.lines().filter(|line| line.starts_with("default"));
         for route in defaults {
-            ensure!(route.contains("dev uplink"), "the node believes a container: {routes}");
+            let is_uplink = route.contains("dev uplink");
+            ensure!(is_uplink, "A container's advertisement changed the routes: {routes}");
         }
-        ensure!(routes.contains("default via fe80::bad dev uplink"), "{routes}");
+        ensure!(routes.contains(learned), "The route of the uplink is lost: {routes}");
     }
     Ok(())
 }
@@ -108,14 +111,15 @@ fn another_cluster_gets_no_session() -> Result<()> {
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
     checks::does_not_reach(a, b, Family::V4)?;
     checks::does_not_reach(b, a, Family::V4)?;
-    ensure!(dropped(&cluster.agents[1], "handshake_invalid")? > 0.0, "{}", cluster.logs());
+    let invalid = dropped(&cluster.agents[1], "handshake_invalid")?;
+    ensure!(invalid > 0.0, "No refused handshake is counted.\n{}", cluster.logs());
     Ok(())
 }
 
 /// Datagrams of the node arrive until its record is removed, and none after the peer has left the
 /// report of the node that reads the change.
 #[test]
-fn a_removed_node_is_cut_off() -> Result<()> {
+fn removed_node_is_cut_off() -> Result<()> {
     let cluster = Cluster::up(&Plan { nodes: 3, ..Plan::default() }, Family::V4)?;
     checks::all_reach_all(&cluster.lab)?;
     let (a, b, c) = (cluster.lab.pod(0), cluster.lab.pod(1), cluster.lab.pod(2));
@@ -160,7 +164,7 @@ fn a_removed_node_is_cut_off() -> Result<()> {
     })?;
     receiver.stop()?;
     ensure!(late == 0, "{late} bytes of the removed node arrived.");
-    ensure!(other.received == other.sent, "another node's traffic suffered: {other:?}");
+    ensure!(other.received == other.sent, "Another node lost datagrams: {other:?}");
     checks::does_not_reach(b, a, Family::V4)?;
 
     judge.put_record(&member.record)?;
@@ -168,7 +172,7 @@ fn a_removed_node_is_cut_off() -> Result<()> {
     Ok(())
 }
 
-/// A connection that sends all the time, until its receiver has been silent for ten seconds. The
+/// Starts a connection that sends without a pause until no byte has arrived for ten seconds. The
 /// task returns the time of the last byte; `arrived` counts the bytes.
 fn connection(
     from: &Pod,
@@ -181,7 +185,6 @@ fn connection(
     let mut sender = from.ns.run(|| TcpStream::connect_timeout(&at, checks::EVENT_TIMEOUT))??;
     let (mut receiver, _) = listener.accept()?;
     thread::spawn(move || {
-        // Until the receiver is gone.
         while sender.write_all(&[7; 100]).is_ok() {
             thread::sleep(Duration::from_millis(1));
         }
@@ -199,7 +202,7 @@ fn connection(
 }
 
 #[test]
-fn connections_with_a_removed_nodes_pods_are_cut_in_both_directions() -> Result<()> {
+fn connections_of_a_removed_node_end_in_both_directions() -> Result<()> {
     let cluster = Cluster::up(&Plan { nodes: 3, ..Plan::default() }, Family::V4)?;
     let (a, b, c) = (cluster.lab.pod(0), cluster.lab.pod(1), cluster.lab.pod(2));
     let (member, judge) = (&cluster.agents[0], &cluster.agents[1]);
@@ -211,22 +214,23 @@ fn connections_with_a_removed_nodes_pods_are_cut_in_both_directions() -> Result<
     checks::eventually("both connections carry bytes", checks::EVENT_TIMEOUT, both)?;
     let removed = Instant::now();
     judge.remove_record(&member.record.name)?;
-    for (end, way) in ends.into_iter().zip(["from it", "to it"]) {
+    for (end, way) in ends.into_iter().zip(["from the removed node", "to the removed node"]) {
         let last = end.join()?;
         let after = last.saturating_duration_since(removed);
         println!(
-            "the last byte {way} came {:.0} ms after the record went",
+            "the last byte {way} arrived {:.0} ms after the removal of the record",
             after.as_secs_f64() * 1e3
         );
-        ensure!(after < checks::EVENT_TIMEOUT, "Bytes {way} arrived for {after:?}.");
+        ensure!(after < checks::EVENT_TIMEOUT, "Bytes {way} still arrived after {after:?}.");
     }
-    others.join().context("another node's connection")?;
+    others.join().context("the connection of another node failed")?;
     Ok(())
 }
 
-/// The key of node a at another machine, which says what it likes: it is node a at most.
+/// Node d has the stolen key of node a, and claims the pod CIDRs of the nodes a and c. Node b
+/// accepts packets with sources of node a only.
 #[test]
-fn a_stolen_key_is_its_node_and_no_other() -> Result<()> {
+fn stolen_key_gives_access_as_its_node_only() -> Result<()> {
     let mut cluster =
         Cluster::prepare(skein_lab::Lab::new(&Plan { nodes: 4, ..Plan::default() })?, Family::V4)?;
     let stolen = fs::read(cluster.lab.directory().join("node-a/node.key"))?;
@@ -236,13 +240,13 @@ fn a_stolen_key_is_its_node_and_no_other() -> Result<()> {
     }
     let thief = &mut cluster.agents[3];
     fs::write(cluster.lab.directory().join("node-d/node.key"), stolen)?;
-    // It says that it is a node of its own, with the prefixes of node a, and of node c.
+    // The record of the thief has the pod CIDRs of node a and of node c.
     thief.remove_record("node-a")?;
     thief.remove_record("node-c")?;
     thief.record.public_key = others[0].public_key.clone();
     thief.record.pod_cidrs = [&others[0].pod_cidrs[..], &others[2].pod_cidrs[..]].concat();
     thief.put_record(&thief.record)?;
-    // A thief does not hold to the rules of its own node's border.
+    // A thief switches off the firewall rules of its own node.
     for rule in ["drop_spoofed", "drop_cleartext", "drop_transit", "masquerade_foreign"] {
         thief.set(&format!("firewall.{rule}"), false);
     }
@@ -251,13 +255,13 @@ fn a_stolen_key_is_its_node_and_no_other() -> Result<()> {
     checks::reaches(b, c, Family::V4)?;
     let victim = &cluster.agents[1];
 
-    // Others' traffic goes on beside it, whole.
-    let beside = checks::start_transfer(b, c, Family::V4, 16 << 20, Some(8 << 20))?;
+    // A transfer between two other nodes is not disturbed.
+    let transfer = checks::start_transfer(b, c, Family::V4, 16 << 20, Some(8 << 20))?;
     let node = &cluster.lab.nodes[3].ns;
     node.sysctl("net.ipv4.conf.all.rp_filter", "0")?;
     node.sysctl(&format!("net.ipv4.conf.{}.rp_filter", d.host_interface), "0")?;
-    let theirs = Ipv4Addr::new(10, 244, 1, 77);
-    for source in [theirs, c.v4] {
+    let of_a = Ipv4Addr::new(10, 244, 1, 77);
+    for source in [of_a, c.v4] {
         d.ns.ip(&format!("address add {source}/32 dev eth0"))?;
     }
     let at = SocketAddr::new(b.v4.into(), 7003);
@@ -267,25 +271,26 @@ fn a_stolen_key_is_its_node_and_no_other() -> Result<()> {
     let send =
         |source: Ipv4Addr| d.ns.run(|| udp::send(&UdpSocket::bind((source, 0))?, at, load))?;
     let as_another = send(c.v4)?.0;
-    // The metrics may be a second old.
+    // The agent reads the counters at most once per second.
     thread::sleep(Duration::from_millis(1200));
     let after = dropped(victim, "inner_source")?;
-    ensure!(after > before, "nothing from node c's pods was dropped: had it a session at all?");
-    let as_itself = send(theirs)?.0;
+    ensure!(after > before, "No packet with a source of node c was dropped; is there a session?");
+    let as_itself = send(of_a)?.0;
     let outcome = receiver.stop()?;
     println!(
-        "{as_another} sent as node c's pod, {} dropped; {as_itself} as node a's, {} arrived",
+        "{as_another} datagrams sent as a pod of node c, {} dropped; {as_itself} sent as a pod of \
+         node a, {} arrived",
         after - before,
         outcome.received
     );
-    ensure!(outcome.received > 0, "the key is not that of node a: {outcome:?}");
-    ensure!(outcome.received <= as_itself, "it speaks for another node: {outcome:?}");
-    beside.join().context("traffic between two others")?;
-    // What is meant for node a goes where its record says.
+    ensure!(outcome.received > 0, "The thief cannot send as node a: {outcome:?}");
+    ensure!(outcome.received <= as_itself, "The thief sends as another node: {outcome:?}");
+    transfer.join().context("the transfer between two other nodes failed")?;
+    // Packets to node a go to the endpoints of its record.
     checks::does_not_reach(b, d, Family::V4)
 }
 
-/// Datagrams that look like every type of message, of every length, with random content.
+/// Creates a datagram with random content and length; three of four have a valid message type.
 fn garbage(number: u64) -> Vec<u8> {
     let mut random = [0; 4];
     Pattern::new(number).fill(&mut random);
@@ -299,7 +304,7 @@ fn garbage(number: u64) -> Vec<u8> {
     bytes
 }
 
-/// A socket that reaches addresses of this family.
+/// Binds a socket to any address and port of the family.
 fn socket(family: Family) -> Result<UdpSocket> {
     let any: IpAddr = match family {
         Family::V4 => [0; 4].into(),
@@ -308,7 +313,7 @@ fn socket(family: Family) -> Result<UdpSocket> {
     Ok(UdpSocket::bind((any, 0))?)
 }
 
-fn garbage_disturbs_nobody(underlay: Family) -> Result<()> {
+fn garbage_does_not_disturb_traffic(underlay: Family) -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), underlay)?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
     checks::all_reach_all(&cluster.lab)?;
@@ -319,7 +324,7 @@ fn garbage_disturbs_nobody(underlay: Family) -> Result<()> {
     let throw = stranger.spawn(move || {
         let socket = socket(underlay)?;
         for number in 0..20_000 {
-            // ECONNREFUSED and a full queue are of no interest here.
+            // Send errors such as ECONNREFUSED and ENOBUFS are ignored.
             let _ = socket.send_to(&garbage(number), target);
             if number % 20 == 0 {
                 thread::sleep(Duration::from_millis(1));
@@ -331,22 +336,22 @@ fn garbage_disturbs_nobody(underlay: Family) -> Result<()> {
     file.join()?;
     let metrics = cluster.agents[1].metrics()?;
     let counted = metrics.sum("skein_drops_total", &["direction=\"ingress\""]);
-    ensure!(counted > 10_000.0, "{counted} of 20000 datagrams are counted as dropped");
+    ensure!(counted > 10_000.0, "Only {counted} of 20000 datagrams are counted as dropped.");
     checks::mixed_traffic(&cluster.lab, 1 << 20)
 }
 
 #[test]
-fn garbage_at_the_port_disturbs_nobody() -> Result<()> {
-    garbage_disturbs_nobody(Family::V4)
+fn garbage_at_the_port_does_not_disturb_traffic() -> Result<()> {
+    garbage_does_not_disturb_traffic(Family::V4)
 }
 
 #[test]
-fn garbage_at_the_port_disturbs_nobody_over_ipv6() -> Result<()> {
-    garbage_disturbs_nobody(Family::V6)
+fn garbage_at_the_port_does_not_disturb_traffic_over_ipv6() -> Result<()> {
+    garbage_does_not_disturb_traffic(Family::V6)
 }
 
 fn replays_are_dropped(underlay: Family) -> Result<()> {
-    // On a wire, so that every datagram is captured as one.
+    // Without GSO and GRO on the underlay, every datagram is captured as one frame.
     let plan = Plan { offloads: Offloads::Wire, ..Plan::default() };
     let cluster = Cluster::up(&plan, underlay)?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
@@ -363,7 +368,8 @@ fn replays_are_dropped(underlay: Family) -> Result<()> {
         .filter_map(|frame| frame.udp().filter(|(port, _)| *port == PORT))
         .map(|(_, payload)| payload.to_vec())
         .collect();
-    ensure!(datagrams.len() as u64 >= sent, "{} captured of {sent}", datagrams.len());
+    let captured = datagrams.len() as u64;
+    ensure!(captured >= sent, "Only {captured} of {sent} datagrams were captured.");
 
     let count = |agent: &Agent| -> Result<f64> {
         Ok(dropped(agent, "replayed")? + dropped(agent, "replay_window")?)
@@ -386,9 +392,10 @@ fn replays_are_dropped(underlay: Family) -> Result<()> {
         .join()?;
     file.join()?;
     let outcome = receiver.stop()?;
-    ensure!(outcome.received == sent, "{sent} sent, {} received", outcome.received);
+    let received = outcome.received;
+    ensure!(received == sent, "The pod received {received} datagrams instead of {sent}.");
     let replays = count(&cluster.agents[1])? - before;
-    ensure!(replays >= sent as f64, "{replays} replays counted of at least {sent}");
+    ensure!(replays >= sent as f64, "Only {replays} of {sent} replays are counted.");
     checks::all_reach_all(&cluster.lab)
 }
 
@@ -412,15 +419,16 @@ fn nothing_readable_crosses_the_underlay() -> Result<()> {
         checks::datagrams_arrive(a, b, family, 300)?;
     }
     let frames = capture.stop()?;
-    // The content of the first datagram, as the sender makes it.
+    // Content of the first datagram, as the sender creates it.
     let mut content = [0; 64];
     Pattern::new(0).fill(&mut content);
     let overlay = frames.iter().filter(|f| f.udp().is_some_and(|(port, _)| port == PORT)).count();
-    ensure!(overlay > 10, "{overlay} datagrams of the overlay are captured");
-    ensure!(!frames.iter().any(|frame| frame.contains(&content)), "clear text on the underlay");
+    ensure!(overlay > 10, "Only {overlay} datagrams of the overlay were captured.");
+    let leaks = frames.iter().any(|frame| frame.contains(&content));
+    ensure!(!leaks, "The underlay carries the payload in clear text.");
     for address in [a.v4.octets(), b.v4.octets()] {
         let seen = frames.iter().any(|frame| frame.contains(&address));
-        ensure!(!seen, "a pod's address on the underlay");
+        ensure!(!seen, "The underlay carries the address of a pod in clear text.");
     }
     Ok(())
 }
@@ -449,22 +457,22 @@ fn packets_with_a_foreign_source_are_dropped() -> Result<()> {
                 .args(["-n", "-c", "3", "-i", "0.05", "-W", "1", "-I"])
                 .args([c.address(family).to_string(), b.address(family).to_string()])
                 .output()?;
-        ensure!(!spoof.status.success(), "a spoofed ping was answered ({family})");
+        ensure!(!spoof.status.success(), "A spoofed ping was answered ({family}).");
         let counted = || Ok(dropped(&cluster.agents[1], "inner_source")? - before >= 3.0);
         checks::eventually("3 drops are counted", checks::EVENT_TIMEOUT, counted)?;
     }
     Ok(())
 }
 
-/// A node takes what is for its own pods, and carries nothing on to others.
+/// A node delivers packets to its own pods only, and forwards none to other nodes or networks.
 #[test]
-fn packets_for_elsewhere_are_dropped() -> Result<()> {
+fn packets_for_foreign_destinations_are_dropped() -> Result<()> {
     let cluster = Cluster::up(&Plan { nodes: 3, ..Plan::default() }, Family::V4)?;
     let (first, second) = (cluster.lab.pod(0), cluster.lab.pod(1));
     checks::wait_until_reached(first, second, Family::V4, checks::EVENT_TIMEOUT)?;
-    let (sender, taker) = (&cluster.agents[0], &cluster.agents[1]);
-    // The sender is made to believe that node b has node c's pods, and a network besides.
-    let mut record = taker.record.clone();
+    let (sender, receiver) = (&cluster.agents[0], &cluster.agents[1]);
+    // The sender's record of node b has the pod CIDRs of node c and a further network.
+    let mut record = receiver.record.clone();
     record.pod_cidrs.push("10.99.0.0/24".to_owned());
     let of_c = &cluster.agents[2].record;
     record.pod_cidrs.extend(of_c.pod_cidrs.iter().cloned());
@@ -474,12 +482,12 @@ fn packets_for_elsewhere_are_dropped() -> Result<()> {
     let routed = || Ok(cluster.lab.nodes[0].ns.ip("route show proto 77")?.contains("10.99.0.0/24"));
     checks::eventually("the route", checks::EVENT_TIMEOUT, routed)?;
     for to in ["10.99.0.5".to_owned(), c.v4.to_string()] {
-        let before = dropped(taker, "inner_destination")?;
+        let before = dropped(receiver, "inner_destination")?;
         let pings =
             a.ns.command("ping").args(["-n", "-c", "3", "-i", "0.05", "-W", "1", &to]).output()?;
-        ensure!(!pings.status.success(), "{to} answers by way of a node that has it not");
-        // The metrics may be a second old.
-        let counted = || Ok(dropped(taker, "inner_destination")? - before >= 3.0);
+        ensure!(!pings.status.success(), "A node without {to} forwarded a ping to it.");
+        // The agent reads the counters at most once per second.
+        let counted = || Ok(dropped(receiver, "inner_destination")? - before >= 3.0);
         checks::eventually("3 drops are counted", checks::EVENT_TIMEOUT, counted)?;
     }
     Ok(())
