@@ -18,10 +18,10 @@ use crate::support::reach;
 fn addresses_run_out_and_come_back() -> Result<()> {
     let cluster = up(1, |agent| agent.record.pod_cidrs = vec!["10.244.1.0/29".into()])?;
     let runtime = runtime(&cluster, 0)?;
-    // The prefix has six addresses, one of them for the node.
+    // The /29 has six host addresses; the node has one of them.
     let pods: Vec<Pod> = (0..5).map(|n| runtime.pod(&format!("p{n}"))).collect::<Result<_>>()?;
     let addresses: BTreeSet<_> = pods.iter().map(|pod| pod.v4).collect();
-    ensure!(addresses.len() == 5, "{addresses:?}");
+    ensure!(addresses.len() == 5, "Two pods have the same address: {addresses:?}");
     let ns = Netns::create("late")?;
     let path = cni::path(&ns);
     let late = Some(attachment("late", Some(&path)));
@@ -33,12 +33,13 @@ fn addresses_run_out_and_come_back() -> Result<()> {
     ensure!(metrics.sum("skein_ipam_addresses", &["state=\"used\""]) == 5.0, "{}", metrics.0);
     runtime.del("p2", None)?;
     let result = runtime.add("late", &ns)?;
-    ensure!(cni::addresses(&result)? == [IpAddr::V4(pods[2].v4)], "{result}");
+    let freed = pods[2].v4;
+    ensure!(cni::addresses(&result)? == [IpAddr::V4(freed)], "Not {freed}, but: {result}");
     Ok(())
 }
 
 #[test]
-fn a_reboot_frees_every_address() -> Result<()> {
+fn reboot_releases_every_address() -> Result<()> {
     let mut cluster = up(1, |_| ())?;
     let before = traces(node(&cluster, 0))?;
     let runtime = runtime(&cluster, 0)?;
@@ -46,29 +47,35 @@ fn a_reboot_frees_every_address() -> Result<()> {
     let used = |agent: &Agent| -> Result<f64> {
         Ok(agent.metrics()?.sum("skein_ipam_addresses", &["state=\"used\""]))
     };
-    // State after a reboot: the interfaces are gone, and the path of one namespace exists again.
+    // Both interfaces are gone; one of the namespaces exists again.
     cluster.agents[0].stop()?;
     for pod in [&a, &b] {
         node(&cluster, 0).ip(&format!("link delete {}", pod.host_interface))?;
     }
     drop(b);
     cluster.agents[0].start()?;
-    ensure!(used(&cluster.agents[0])? == 2.0, "of the same boot, and its namespace lives");
+    let count = used(&cluster.agents[0])?;
+    ensure!(
+        count == 2.0,
+        "{count} addresses are in use instead of the 2 of the existing namespace."
+    );
     cluster.agents[0].stop()?;
     let boot = cluster.lab.directory().join("boot_id");
     fs::write(&boot, "00000000-0000-4000-8000-000000000000\n")?;
     let target = "/proc/sys/kernel/random/boot_id";
     cluster.agents[0].prelude = Some(format!("mount --bind {} {target}", boot.display()));
     cluster.agents[0].start()?;
-    ensure!(used(&cluster.agents[0])? == 0.0, "{} in use", used(&cluster.agents[0])?);
+    let count = used(&cluster.agents[0])?;
+    ensure!(count == 0.0, "{count} addresses are in use after a reboot.");
     let again = runtime.add("c", &a.ns)?;
-    ensure!(!cni::addresses(&again)?.contains(&IpAddr::V4(a.v4)), "reused at once");
+    let is_reused = cni::addresses(&again)?.contains(&IpAddr::V4(a.v4));
+    ensure!(!is_reused, "{} was assigned again before its quarantine ended.", a.v4);
     runtime.del("c", None)?;
     same(&before, &traces(node(&cluster, 0))?)
 }
 
 #[test]
-fn a_full_disk_keeps_no_pod_from_going() -> Result<()> {
+fn pods_are_deleted_despite_a_full_disk() -> Result<()> {
     let mut cluster = prepared(1, |_| ())?;
     let disk = Tmpfs::mount(&cluster.agents[0].state_directory(), "8m")?;
     cluster.start()?;
@@ -76,7 +83,7 @@ fn a_full_disk_keeps_no_pod_from_going() -> Result<()> {
     let runtime = runtime(&cluster, 0)?;
     let pod = runtime.pod("a")?;
     disk.fill()?;
-    // At first, the database has free space in its own file.
+    // The database file itself has free space for some leases.
     let mut refused = None;
     for n in 0..300 {
         let ns = Netns::create("full")?;
@@ -87,20 +94,21 @@ fn a_full_disk_keeps_no_pod_from_going() -> Result<()> {
             break;
         }
     }
-    let refused = refused.context("nothing was refused: the disk is not full")?;
+    let refused = refused.context("no ADD was refused, so the disk is not full")?;
     let error: Value = serde_json::from_str(&refused)?;
-    ensure!(error["code"] == 5, "{refused}");
+    ensure!(error["code"] == 5, "ADD did not return code 5: {refused}");
     let (code, text) = runtime.refused("STATUS", None, Value::Null)?;
     ensure!(code == 50 && text.contains("no space left"), "{code} {text}");
     for name in std::iter::once("a".to_owned()).chain((0..300).map(|n| format!("f{n}"))) {
         runtime.del(&name, None)?;
     }
     same(&before, &traces(node(&cluster, 0))?)?;
-    // The agent retries, and reports the problem.
+    // The agent retries the deletions, and logs each failure.
     let (code, text) = runtime.refused("STATUS", None, Value::Null)?;
     ensure!(code == 50 && text.contains("no space left"), "{code} {text}");
     thread::sleep(Duration::from_secs(11));
-    ensure!(fs::read_to_string(cluster.agents[0].log())?.contains("container a: "), "not said");
+    let log = fs::read_to_string(cluster.agents[0].log())?;
+    ensure!(log.contains("container a: "), "The log does not name the container.");
     disk.empty()?;
     checks::eventually("the addresses are free", Duration::from_secs(25), || {
         let used = cluster.agents[0].metrics()?.sum("skein_ipam_addresses", &["state=\"used\""]);
@@ -111,7 +119,7 @@ fn a_full_disk_keeps_no_pod_from_going() -> Result<()> {
     runtime.del("b", None)
 }
 
-/// A small file system that is unmounted when the value is dropped.
+/// A small file system in memory, which is unmounted when the value is dropped.
 struct Tmpfs(std::path::PathBuf);
 
 impl Tmpfs {
@@ -136,13 +144,13 @@ impl Tmpfs {
 
 impl Drop for Tmpfs {
     fn drop(&mut self) {
-        // The agent may still have files of it open.
+        // A lazy unmount, because the agent may still have open files on it.
         let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
     }
 }
 
 #[test]
-fn a_lost_state_directory_is_filled_from_the_kernel() -> Result<()> {
+fn lost_leases_are_restored_from_the_interfaces() -> Result<()> {
     let mut cluster = up(1, |_| ())?;
     let runtime = runtime(&cluster, 0)?;
     let (a, b) = (runtime.pod("a")?, runtime.pod("b")?);
@@ -150,36 +158,38 @@ fn a_lost_state_directory_is_filled_from_the_kernel() -> Result<()> {
     fs::remove_dir_all(cluster.agents[0].state_directory())?;
     cluster.agents[0].start()?;
     let c = runtime.pod("c")?;
-    ensure!(![a.v4, b.v4].contains(&c.v4) && ![a.v6, b.v6].contains(&c.v6), "given out twice");
+    let is_new = ![a.v4, b.v4].contains(&c.v4) && ![a.v6, b.v6].contains(&c.v6);
+    ensure!(is_new, "An address was assigned twice: {} or {}.", c.v4, c.v6);
     reach(&a, &c)?;
     let used = || -> Result<f64> {
         Ok(cluster.agents[0].metrics()?.sum("skein_ipam_addresses", &["state=\"used\""]))
     };
-    ensure!(used()? == 6.0, "{} in use", used()?);
+    ensure!(used()? == 6.0, "{} addresses are in use instead of 6.", used()?);
     runtime.del("a", Some(&a.ns))?;
-    ensure!(used()? == 4.0, "{} in use", used()?);
-    ensure!(!node(&cluster, 0).interfaces()?.contains(&a.host_interface), "still there");
+    ensure!(used()? == 4.0, "{} addresses are in use instead of 4.", used()?);
+    let is_left = node(&cluster, 0).interfaces()?.contains(&a.host_interface);
+    ensure!(!is_left, "The interface {} was not deleted.", a.host_interface);
     Ok(())
 }
 
 #[test]
-fn namespaces_that_went_without_a_word_are_collected() -> Result<()> {
+fn leases_of_deleted_namespaces_are_collected() -> Result<()> {
     let mut cluster = up(1, |_| ())?;
     let before = traces(node(&cluster, 0))?;
     let runtime = runtime(&cluster, 0)?;
     let (a, b) = (runtime.pod("a")?, runtime.pod("b")?);
-    // State after a reboot: the namespace is gone, the leases are stored.
+    // As after a reboot, the namespace is gone and the lease is still stored.
     cluster.agents[0].stop()?;
     drop(a);
-    // The interface was deleted manually, but the namespace exists: the lease stays.
+    // The interface is deleted, but the namespace exists: the lease stays.
     node(&cluster, 0).ip(&format!("link delete {}", b.host_interface))?;
     cluster.agents[0].start()?;
     let used = || -> Result<f64> {
         Ok(cluster.agents[0].metrics()?.sum("skein_ipam_addresses", &["state=\"used\""]))
     };
-    checks::eventually("a is collected", checks::EVENT_TIMEOUT, || Ok(used()? == 2.0))?;
+    checks::eventually("the lease of a is deleted", checks::EVENT_TIMEOUT, || Ok(used()? == 2.0))?;
     let c = runtime.pod("c")?;
-    ensure!(c.v4 != b.v4, "the address of a living namespace was given out");
+    ensure!(c.v4 != b.v4, "The address of an existing namespace was assigned again.");
     let path = cni::path(&b.ns);
     let with = Some(attachment("b", Some(&path)));
     let previous = json!({ "prevResult": {
@@ -188,14 +198,14 @@ fn namespaces_that_went_without_a_word_are_collected() -> Result<()> {
         "ips": [{ "address": format!("{}/32", b.v4), "interface": 0 }],
     }});
     let (code, text) = runtime.refused("CHECK", with, previous)?;
-    ensure!(code >= 3, "{code} {text}");
-    // GC lists neither: b exists and stays, and so does c.
+    ensure!(code >= 3, "CHECK returned code {code}: {text}");
+    // A GC that names no attachment keeps those whose namespace exists: b and c.
     let none = json!({ "cni.dev/valid-attachments": [] });
     runtime.done("GC", None, none.clone())?;
-    ensure!(used()? == 4.0, "{} in use", used()?);
+    ensure!(used()? == 4.0, "{} addresses are in use instead of 4.", used()?);
     drop(b);
     runtime.done("GC", None, none)?;
-    checks::eventually("b is collected", checks::EVENT_TIMEOUT, || Ok(used()? == 2.0))?;
+    checks::eventually("the lease of b is deleted", checks::EVENT_TIMEOUT, || Ok(used()? == 2.0))?;
     runtime.del("c", None)?;
     same(&before, &traces(node(&cluster, 0))?)
 }

@@ -14,7 +14,7 @@ use skein_lab::{Family, Netns, checks};
 use crate::support::{outside, outside_address, reach};
 
 #[test]
-fn pods_of_two_nodes_reach_each_other_and_go_without_a_trace() -> Result<()> {
+fn deleted_pods_of_two_nodes_leave_nothing() -> Result<()> {
     let cluster = up(2, |_| ())?;
     let before = [traces(node(&cluster, 0))?, traces(node(&cluster, 1))?];
     let (first, second) = (runtime(&cluster, 0)?, runtime(&cluster, 1)?);
@@ -29,10 +29,10 @@ fn pods_of_two_nodes_reach_each_other_and_go_without_a_trace() -> Result<()> {
                 checks::datagrams_arrive(from, to, family, payload)?;
             }
         }
-        // Processes of the node, such as kubelet's probes, reach its pods and those of other nodes.
+        // The node's own processes (kubelet's probes) reach local and remote pods.
         for pod in [&a, &b] {
             let answers = ping(node(&cluster, 0), pod.address(family), Ping::default())?;
-            ensure!(answers.complete(), "{}", answers.text);
+            ensure!(answers.complete(), "Not every ping was answered: {}", answers.text);
         }
     }
     first.del("a", Some(&a.ns))?;
@@ -45,7 +45,7 @@ fn pods_of_two_nodes_reach_each_other_and_go_without_a_trace() -> Result<()> {
 }
 
 #[test]
-fn one_family_alone_works() -> Result<()> {
+fn pods_of_one_family_reach_each_other() -> Result<()> {
     for family in Family::BOTH {
         let cluster = up(2, |agent| {
             agent.record.pod_cidrs.retain(|cidr| cidr.contains(':') == (family == Family::V6));
@@ -54,28 +54,29 @@ fn one_family_alone_works() -> Result<()> {
         checks::reaches(&a, &b, family)?;
         let unset =
             if family == Family::V4 { a.v6.is_unspecified() } else { a.v4.is_unspecified() };
-        ensure!(unset, "an address of the other family");
+        ensure!(unset, "The pod has an address of the other family than {family}.");
     }
     Ok(())
 }
 
 #[test]
-fn the_same_again_gets_the_same_answer() -> Result<()> {
+fn repeated_add_returns_the_same_result() -> Result<()> {
     let cluster = up(1, |_| ())?;
     let runtime = runtime(&cluster, 0)?;
     let ns = Netns::create("again")?;
     let result = runtime.add("again", &ns)?;
-    ensure!(runtime.add("again", &ns)? == result, "another answer");
+    ensure!(runtime.add("again", &ns)? == result, "A repeated ADD returned another result.");
     let ours = attachment("again", None);
     let path = cni::path(&ns);
     let with = Some(attachment("again", Some(&path)));
     runtime.done("CHECK", with, json!({ "prevResult": result }))?;
-    // ADD with the same name in another namespace replaces the old attachment.
+    // An ADD of the same container in another namespace replaces the attachment.
     let other = Netns::create("again-2")?;
     let moved = runtime.add("again", &other)?;
-    ensure!(!ns.interfaces()?.contains(&"eth0".to_owned()), "two of them");
+    let is_left = ns.interfaces()?.contains(&"eth0".to_owned());
+    ensure!(!is_left, "The old namespace still has its interface.");
     runtime.done("DEL", Some(ours), json!({ "prevResult": moved }))?;
-    // The pod already has an interface of this name.
+    // ADD is refused if the namespace has an interface of that name.
     ns.ip("link add eth0 type veth peer name eth9")?;
     let before = traces(node(&cluster, 0))?;
     let (code, text) = runtime.refused("ADD", with, Value::Null)?;
@@ -84,7 +85,7 @@ fn the_same_again_gets_the_same_answer() -> Result<()> {
 }
 
 #[test]
-fn a_superpacket_reaches_the_far_pod_unsplit() -> Result<()> {
+fn superpacket_reaches_the_remote_pod_unsplit() -> Result<()> {
     let cluster = up(2, |_| ())?;
     let (a, b) = (runtime(&cluster, 0)?.pod("a")?, runtime(&cluster, 1)?.pod("b")?);
     for family in Family::BOTH {
@@ -98,13 +99,13 @@ fn a_superpacket_reaches_the_far_pod_unsplit() -> Result<()> {
         checks::transfer(&a, &b, family, 256 << 20)?;
         let after = counters()?;
         let mean = (after.0 - before.0) / (after.1 - before.1);
-        ensure!(mean > 10_000, "{mean} bytes a packet at the far pod over {family}");
+        ensure!(mean > 10_000, "The remote pod received {mean} bytes per packet over {family}.");
     }
     Ok(())
 }
 
 #[test]
-fn a_container_with_a_network_gets_no_second_one() -> Result<()> {
+fn container_with_a_network_gets_no_second_one() -> Result<()> {
     let cluster = up(1, |_| ())?;
     let runtime = runtime(&cluster, 0)?;
     let (a, b) = (runtime.pod("a")?, runtime.pod("b")?);
@@ -119,28 +120,29 @@ fn a_container_with_a_network_gets_no_second_one() -> Result<()> {
 }
 
 #[test]
-fn pods_reach_the_outside_by_the_nodes_address() -> Result<()> {
+fn pods_reach_the_outside_with_the_nodes_address() -> Result<()> {
     for masquerade in [true, false] {
         let cluster = up(2, |agent| agent.set("cni.masquerade", masquerade))?;
         let (a, b) = (runtime(&cluster, 0)?.pod("a")?, runtime(&cluster, 1)?.pod("b")?);
-        // This machine has routes to the pods, so answers to a pod's own address arrive.
+        // The machine has a route to the pods, which answers to their own addresses need.
         let outside = outside(&cluster)?;
         for family in Family::BOTH {
             let node = &cluster.lab.nodes[0];
             let target = outside_address(family)?;
             let seen = udp::source_seen(&a.ns, &outside, target)?;
             let expected = if masquerade { node.underlay(family) } else { a.address(family) };
-            ensure!(seen == expected, "{seen} instead of {expected} over {family}");
-            // Within the cluster, every pod keeps its own source address.
+            ensure!(seen == expected, "The outside saw {seen} instead of {expected}.");
+            // Within the cluster, every pod keeps its own address.
             let seen = udp::source_seen(&a.ns, &b.ns, b.address(family))?;
-            ensure!(seen == a.address(family), "{seen} within the cluster");
+            let own = a.address(family);
+            ensure!(seen == own, "The remote pod saw {seen} instead of {own}.");
         }
     }
     Ok(())
 }
 
 #[test]
-fn a_hundred_pods_at_once() -> Result<()> {
+fn hundred_pods_are_added_and_deleted_at_once() -> Result<()> {
     let cluster = up(1, |_| ())?;
     let before = traces(node(&cluster, 0))?;
     let runtime = runtime(&cluster, 0)?;
@@ -160,7 +162,8 @@ fn a_hundred_pods_at_once() -> Result<()> {
             .map(|worker| worker.join().map_err(|_| anyhow::anyhow!("a worker panicked"))?)
             .collect::<Result<Vec<_>>>()
     })?;
-    ensure!(all.iter().flatten().collect::<BTreeSet<_>>().len() == 200, "doubled");
+    let count = all.iter().flatten().collect::<BTreeSet<_>>().len();
+    ensure!(count == 200, "100 pods have {count} different addresses instead of 200.");
     thread::scope(|scope| {
         let workers: Vec<_> = (0..100)
             .map(|index| {

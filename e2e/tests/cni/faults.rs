@@ -56,7 +56,7 @@ fn deleted_sockets_are_created_again() -> Result<()> {
         Ok(answer.status != 200 && answer.body.contains("cni.socket was deleted"))
     })?;
     fs::remove_dir(agent.cni_socket())?;
-    checks::eventually("it is ready again", checks::EVENT_TIMEOUT, || {
+    checks::eventually("the agent is ready again", checks::EVENT_TIMEOUT, || {
         Ok(agent.http("/readyz")?.status == 200)
     })?;
     runtime.del("a", Some(&pod.ns))
@@ -102,20 +102,20 @@ fn gc_judges_invisible_namespaces_by_the_host_interface() -> Result<()> {
     })?;
     // The wait is longer than the interval of the agent's own collection.
     thread::sleep(Duration::from_secs(11));
-    ensure!(used()? == 6.0, "{} in use: a path that is not visible proves nothing", used()?);
+    ensure!(used()? == 6.0, "{} addresses are in use instead of 6 before the GC.", used()?);
     let valid = |names: &[&str]| {
         let id = |name: &&str| json!({ "containerID": name, "ifname": "eth0" });
         json!({ "cni.dev/valid-attachments": names.iter().map(id).collect::<Vec<_>>() })
     };
     runtime.done("GC", None, valid(&["lost"]))?;
-    ensure!(used()? == 6.0, "{} in use: the runtime still has it", used()?);
+    ensure!(used()? == 6.0, "A GC that names the lost pod left {} of 6 addresses.", used()?);
     runtime.done("GC", None, valid(&[]))?;
-    ensure!(used()? == 4.0, "{} in use: the lost pod's addresses are not released", used()?);
+    ensure!(used()? == 4.0, "{} addresses are in use instead of 4 after the GC.", used()?);
     // The other two attachments exist, and keep their addresses.
     let answers = ping(node(&cluster, 0), lives.address(Family::V4), Ping::default())?;
-    ensure!(answers.complete(), "{}", answers.text);
+    ensure!(answers.complete(), "Not every ping was answered: {}", answers.text);
     let next = runtime.pod("next")?;
-    ensure!(![lives.v4, renamed.v4].contains(&next.v4), "an address was assigned twice");
+    ensure!(![lives.v4, renamed.v4].contains(&next.v4), "{} was assigned twice.", next.v4);
     Ok(())
 }
 
@@ -142,9 +142,10 @@ fn mac_of_host_interface_is_checked_and_repaired() -> Result<()> {
         checks::reaches(&a, &b, family)?;
     }
     first.done("CHECK", with, previous)?;
-    // A repeated ADD also repairs the interface.
+    // A repeated ADD repairs the address, too.
     change()?;
     first.add("a", &a.ns)?;
-    ensure!(link::mac(home, &a.host_interface)? == mac, "ADD leaves a wrong address");
+    let repaired = link::mac(home, &a.host_interface)?;
+    ensure!(repaired == mac, "The MAC address is {repaired} instead of {mac} after ADD.");
     Ok(())
 }

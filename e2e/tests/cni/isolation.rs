@@ -13,33 +13,33 @@ use skein_lab::{Netns, Pod, checks};
 use crate::support::reach;
 
 #[test]
-fn a_forged_source_is_dropped_and_counted() -> Result<()> {
+fn spoofed_source_is_dropped_and_counted() -> Result<()> {
     let cluster = up(2, |_| ())?;
     let (a, b) = (runtime(&cluster, 0)?.pod("a")?, runtime(&cluster, 1)?.pod("b")?);
     reach(&a, &b)?;
-    let forged = |family: &str| -> Result<f64> {
+    let drops = |family: &str| -> Result<f64> {
         let label = format!("family=\"{family}\"");
         Ok(cluster.agents[0].metrics()?.sum("skein_pod_source_drops_total", &[&label]))
     };
-    ensure!(forged("ipv4")? == 0.0 && forged("ipv6")? == 0.0, "counted without a reason");
-    // The address of another pod, and an address that no pod has.
-    let stranger: Pod =
+    ensure!(drops("ipv4")? == 0.0 && drops("ipv6")? == 0.0, "A genuine packet was dropped.");
+    // The address of another pod, and an unused address.
+    let unused: Pod =
         Pod { ns: Netns::create("none")?, ..pod_at("10.244.1.99", "fd00:10:244:1::99")? };
-    for other in [&b, &stranger] {
+    for other in [&b, &unused] {
         a.ns.ip(&format!("address add {}/32 dev eth0", other.v4))?;
         a.ns.ip(&format!("address add {}/128 dev eth0 nodad", other.v6))?;
         for (family, source, to) in [
             ("ipv4", other.v4.to_string(), IpAddr::V4(a.v4)),
             ("ipv6", other.v6.to_string(), IpAddr::V6(a.v6)),
         ] {
-            let before = forged(family)?;
+            let before = drops(family)?;
             let gateway = match to {
                 IpAddr::V4(_) => IpAddr::from([10, 244, 2, 1]),
                 IpAddr::V6(_) => "fd00:10:244:2::1".parse()?,
             };
             let _ = a.ns.sh(&format!("ping -n -c 3 -i 0.05 -W 1 -I {source} {gateway}"));
-            let counted = forged(family)? - before;
-            ensure!(counted >= 3.0, "{counted} of 3 counted for {family} from {source}");
+            let counted = drops(family)? - before;
+            ensure!(counted >= 3.0, "Only {counted} of 3 packets from {source} are counted.");
         }
         a.ns.ip(&format!("address del {}/32 dev eth0", other.v4))?;
         a.ns.ip(&format!("address del {}/128 dev eth0", other.v6))?;
@@ -56,15 +56,15 @@ fn pod_at(v4: &str, v6: &str) -> Result<Pod> {
     })
 }
 
-/// Claims the address of another pod: by an ARP request with this source address, from which
-/// receivers learn the sender (RFC 826), or by a neighbour advertisement with the override flag
+/// Claims `address`, which another pod owns, from `pod`: by an ARP request with it as the sender
+/// (RFC 826 lets receivers learn the sender), or by a neighbour advertisement with the override flag
 /// (RFC 4861, section 4.4).
 fn claim(pod: &Netns, address: IpAddr) -> Result<()> {
     use socket2::{Domain, Protocol, SockAddr, Socket, Type};
     let IpAddr::V6(v6) = address else {
         pod.ip(&format!("address add {address}/32 dev eth0"))?;
         pod.ip("route replace 169.254.1.99/32 dev eth0")?;
-        // No host has the address, so the pings fail.
+        // No host answers.
         let _ = pod.sh(&format!("ping -n -c 3 -i 0.1 -W 1 -I {address} 169.254.1.99"));
         pod.ip(&format!("address del {address}/32 dev eth0"))?;
         return pod.ip("route del 169.254.1.99/32 dev eth0").map(drop);
@@ -91,7 +91,7 @@ fn claim(pod: &Netns, address: IpAddr) -> Result<()> {
 }
 
 #[test]
-fn no_pod_takes_anothers_address_by_arp_or_neighbour_discovery() -> Result<()> {
+fn no_pod_takes_another_pods_address_by_arp_or_ndp() -> Result<()> {
     let cluster = up(2, |_| ())?;
     let (first, second) = (runtime(&cluster, 0)?, runtime(&cluster, 1)?);
     let (thief, victim, b) = (first.pod("a")?, first.pod("a2")?, second.pod("b")?);
@@ -103,22 +103,22 @@ fn no_pod_takes_anothers_address_by_arp_or_neighbour_discovery() -> Result<()> {
     }
     let lines = |text: &str| text.lines().map(str::to_owned).collect::<BTreeSet<_>>();
     let after = neighbours()?;
-    ensure!(lines(&before) == lines(&after), "{before}\nis now\n{after}");
+    ensure!(lines(&before) == lines(&after), "The entries changed from\n{before}\nto\n{after}");
     let learnt = node(&cluster, 0).ip("neighbour show")?;
     let theirs = skein_lab::link::mac(&thief.ns, "eth0")?;
     for line in learnt.lines().filter(|line| line.contains(&theirs)) {
         let own = [thief.v4.to_string(), thief.v6.to_string()];
         let address = line.split(' ').next().unwrap_or_default();
         let own = own.iter().any(|own| own == address) || address.starts_with("fe80:");
-        ensure!(own, "the node believes the thief: {line}");
+        ensure!(own, "The node has a neighbour entry with the thief's MAC address: {line}");
     }
     reach(&b, &victim)?;
     reach(&thief, &victim)
 }
 
-/// Sends from a pod's eth0, with many sources: ARP requests for the address `argv[1]` of the node
-/// and for `argv[2]`, which the node would forward to, gratuitous ARP, neighbour solicitations for
-/// `argv[3]` of the node, and pings to all nodes.
+/// Python script that sends frames with 50 sources each from a pod's eth0: ARP requests for the
+/// node's address `argv[1]` and for `argv[2]`, an address behind the node; gratuitous ARP; neighbour
+/// solicitations for the node's address `argv[3]`; pings to all nodes.
 const NEIGHBOURS: &str = r#"
 import socket, struct, sys
 s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
@@ -144,8 +144,8 @@ for i in range(50):
     icmp("fe80::2:%x" % i, 128, bytes(4))
 "#;
 
-/// Packets that a pod sends from raw sockets add no entry to the node's neighbour tables, also on a
-/// node with proxy ARP.
+/// Frames that a pod sends with a packet socket add no entry to the node's neighbour tables, also
+/// on a node with proxy ARP.
 #[test]
 fn no_pod_fills_the_nodes_neighbour_tables() -> Result<()> {
     let cluster = up(1, |_| ())?;
@@ -164,17 +164,18 @@ fn no_pod_fills_the_nodes_neighbour_tables() -> Result<()> {
     let before = addresses()?;
     let arguments = ["-c", NEIGHBOURS, "10.244.1.1", "192.0.2.77", "fd00:10:244:1::1"];
     let done = pod.ns.command("python3").args(arguments).output()?;
-    ensure!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let stderr = String::from_utf8_lossy(&done.stderr);
+    ensure!(done.status.success(), "The sending script failed: {stderr}");
     thread::sleep(Duration::from_millis(1100));
     let after = addresses()?;
-    ensure!(after == before, "{} entries, then {}: {after:?}", before.len(), after.len());
+    ensure!(after == before, "The entries changed from {before:?} to {after:?}.");
     let counted = cluster.agents[0].metrics()?.sum("skein_pod_link_local_drops_total", &[]);
-    ensure!(counted >= 100.0, "{counted} of 100 packets are counted");
+    ensure!(counted >= 100.0, "Only {counted} of 100 packets are counted.");
     Ok(())
 }
 
 #[test]
-fn a_pod_is_nobodys_router() -> Result<()> {
+fn pod_is_not_accepted_as_a_router() -> Result<()> {
     for both in [false, true] {
         let cluster = up(1, |agent| {
             agent.record.pod_cidrs.retain(|cidr| both || !cidr.contains(':'));
@@ -186,9 +187,10 @@ fn a_pod_is_nobodys_router() -> Result<()> {
         advertise_router(&pod.ns, "eth0", "2001:db8:bad::".parse()?)?;
         thread::sleep(Duration::from_millis(500));
         let routes = home.ip("-6 route show")?;
-        ensure!(!routes.contains("2001:db8:bad"), "the node believes a pod: {routes}");
+        let is_accepted = routes.contains("2001:db8:bad");
+        ensure!(!is_accepted, "The node accepted a pod's advertisement: {routes}");
         let default = home.ip("-6 route show default")?;
-        ensure!(!default.contains("skp"), "the node believes a pod: {default}");
+        ensure!(!default.contains("skp"), "The node accepted a pod's advertisement: {default}");
     }
     Ok(())
 }

@@ -14,7 +14,7 @@ use skein_lab::cri::Cri;
 use skein_lab::pods::{list, node, prepared, put_list};
 use skein_lab::{checks, newer};
 
-/// Maximum time of a repair by the agent, which comes every 10 s.
+/// Maximum time until the agent, which checks every 10 s, has repaired the list.
 const REPAIR_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A node with an agent and containerd 2.
@@ -67,13 +67,13 @@ fn use_newer_plugins(agent: &Agent) -> Result<()> {
     Ok(())
 }
 
-/// Debian 12's portmap 1.1.1 refuses CNI 1.1.0, which containerd 2 would take.
+/// Debian 12's portmap 1.1.1 refuses CNI 1.1.0, which containerd 2 prefers.
 #[test]
 fn pods_start_and_end_behind_an_old_plugin() -> Result<()> {
     let machine = Node::up(|_| ())?;
     let cri = machine.cri()?;
     machine.offers("1.0.0").context("this test needs portmap before 1.6, as Debian 12 has")?;
-    // portmap's own chains stay for the next pod.
+    // portmap creates chains for its first pod and never removes them.
     cri.remove(&cri.run("first", &[(8081, 81)])?)?;
     let before = traces(node(&machine.cluster, 0))?;
     let a = cri.run("a", &[(8080, 80)])?;

@@ -1,4 +1,4 @@
-//! Pods that are added and deleted while the agent stops, does not run, or starts.
+//! Pods that are added and deleted while the agent stops, is stopped, or starts.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -15,7 +15,7 @@ use skein_lab::{Family, Netns, checks};
 use crate::support::reach;
 
 #[test]
-fn a_pod_can_be_deleted_while_the_agent_is_away() -> Result<()> {
+fn pod_is_deleted_while_the_agent_is_stopped() -> Result<()> {
     let mut cluster = up(1, |_| ())?;
     let before = traces(node(&cluster, 0))?;
     let runtime = runtime(&cluster, 0)?;
@@ -23,36 +23,37 @@ fn a_pod_can_be_deleted_while_the_agent_is_away() -> Result<()> {
     cluster.agents[0].stop()?;
     runtime.del("a", Some(&a.ns))?;
     runtime.del("a", None)?;
-    ensure!(cni::spooled(&cluster.agents[0])?.len() == 1, "queued once");
+    let spooled = cni::spooled(&cluster.agents[0])?;
+    ensure!(spooled.len() == 1, "The spool does not have exactly one entry: {spooled:?}");
     let path = cni::path(&a.ns);
     let (code, text) = runtime.refused("ADD", Some(attachment("c", Some(&path))), Value::Null)?;
-    ensure!(code == 11, "{code} {text}");
-    let (code, _) = runtime.refused("STATUS", None, Value::Null)?;
-    ensure!(code == 50, "{code}");
+    ensure!(code == 11, "ADD returned code {code} instead of 11: {text}");
+    let (code, text) = runtime.refused("STATUS", None, Value::Null)?;
+    ensure!(code == 50, "STATUS returned code {code} instead of 50: {text}");
     cluster.agents[0].start()?;
     checks::eventually("the deletion is done", checks::EVENT_TIMEOUT, || {
         let interfaces = node(&cluster, 0).interfaces()?;
         Ok(cni::spooled(&cluster.agents[0])?.is_empty() && !interfaces.contains(&a.host_interface))
     })?;
     runtime.done("STATUS", None, Value::Null)?;
-    // The other pod is unchanged.
+    // The other pod is not affected.
     let answers = ping(node(&cluster, 0), b.address(Family::V4), Ping::default())?;
-    ensure!(answers.complete(), "{}", answers.text);
+    ensure!(answers.complete(), "Not every ping was answered: {}", answers.text);
     runtime.del("b", Some(&b.ns))?;
     same(&before, &traces(node(&cluster, 0))?)
 }
 
-/// Adds forty pods at once while the control process is killed repeatedly. Each answered ADD stays
-/// valid.
+/// Forty pods are added at once while the control process is killed six times. Every answered ADD
+/// has addresses of its own, and every pod is reachable.
 #[test]
-fn killing_the_agent_loses_and_doubles_nothing() -> Result<()> {
+fn killed_agent_loses_no_address_and_assigns_none_twice() -> Result<()> {
     let mut cluster = up(1, |_| ())?;
     let before = traces(node(&cluster, 0))?;
     let runtime = runtime(&cluster, 0)?;
     let spaces: Vec<Netns> =
         (0..40).map(|n| Netns::create(&format!("k{n}"))).collect::<Result<_>>()?;
     let add = |ns: &Netns, name: &str| -> Result<Vec<IpAddr>> {
-        // kubelet repeats a failed ADD until it succeeds.
+        // kubelet, too, repeats ADD until it succeeds.
         for _ in 0..60 {
             match runtime.add(name, ns) {
                 Ok(result) => return cni::addresses(&result),
@@ -85,23 +86,24 @@ fn killing_the_agent_loses_and_doubles_nothing() -> Result<()> {
     })?;
     cluster.agents[0].wait_ready()?;
     let unique: BTreeSet<_> = results.iter().flatten().collect();
-    ensure!(unique.len() == spaces.len() * 2, "{} addresses for 40 pods", unique.len());
+    let count = unique.len();
+    ensure!(count == spaces.len() * 2, "40 pods have {count} different addresses, not 80.");
     for ips in &results {
         let answers = ping(node(&cluster, 0), ips[0], Ping { count: 1, ..Ping::default() })?;
-        ensure!(answers.complete(), "{}", answers.text);
+        ensure!(answers.complete(), "Not every ping was answered: {}", answers.text);
     }
     let used = cluster.agents[0].metrics()?.sum("skein_ipam_addresses", &["state=\"used\""]);
-    ensure!(used == 80.0, "{used} addresses in use");
+    ensure!(used == 80.0, "{used} addresses are in use instead of 80.");
     for index in 0..spaces.len() {
         runtime.del(&format!("k{index}"), None)?;
     }
     let used = cluster.agents[0].metrics()?.sum("skein_ipam_addresses", &["state=\"used\""]);
-    ensure!(used == 0.0, "{used} addresses in use");
+    ensure!(used == 0.0, "{used} addresses are in use after the deletion of all pods.");
     same(&before, &traces(node(&cluster, 0))?)
 }
 
 #[test]
-fn what_a_killed_agent_has_begun_is_finished() -> Result<()> {
+fn attachment_of_a_killed_agent_is_completed() -> Result<()> {
     let mut cluster = up(1, |_| ())?;
     let before = traces(node(&cluster, 0))?;
     let runtime = runtime(&cluster, 0)?;
@@ -111,17 +113,19 @@ fn what_a_killed_agent_has_begun_is_finished() -> Result<()> {
         || runtime.add("b", &b.ns).and_then(|result| cni::addresses(&result)),
     );
     let (first, second) = (a_again()?, b_again()?);
-    // State after a kill just after the creation of the veth pair: no alias, no addresses, down.
+    // State of an agent that was killed after the creation of the veth pair: no alias, no
+    // addresses, interfaces down.
     cluster.agents[0].kill_control();
     let unmark = ["link", "set", a.host_interface.as_str(), "down", "alias", ""];
     let unmarked = node(&cluster, 0).command("ip").args(unmark).status()?;
-    ensure!(unmarked.success(), "the mark is still there");
+    ensure!(unmarked.success(), "The alias of the interface was not removed.");
     a.ns.ip("address flush dev eth0")?;
     a.ns.ip("link set eth0 down")?;
-    // State after a kill before this: the address is leased, and no interface exists.
+    // State before the creation of the veth pair: the addresses are reserved.
     node(&cluster, 0).ip(&format!("link delete {}", b.host_interface))?;
     cluster.agents[0].start()?;
-    ensure!(a_again()? == first && b_again()? == second, "other addresses");
+    ensure!(a_again()? == first, "A repeated ADD of pod a returned other addresses.");
+    ensure!(b_again()? == second, "A repeated ADD of pod b returned other addresses.");
     reach(&a, &b)?;
     for pod in ["a", "b"] {
         runtime.del(pod, None)?;
@@ -130,7 +134,7 @@ fn what_a_killed_agent_has_begun_is_finished() -> Result<()> {
 }
 
 #[test]
-fn a_waiting_deletion_spares_the_next_of_its_name() -> Result<()> {
+fn pending_deletion_does_not_detach_the_next_pod_of_its_name() -> Result<()> {
     let mut cluster = up(1, |_| ())?;
     let before = traces(node(&cluster, 0))?;
     let runtime = runtime(&cluster, 0)?;
@@ -138,21 +142,22 @@ fn a_waiting_deletion_spares_the_next_of_its_name() -> Result<()> {
     cluster.agents[0].stop()?;
     runtime.del("again", None)?;
     let kept = cni::spooled(&cluster.agents[0])?;
-    ensure!(kept.len() == 1, "{kept:?}");
+    ensure!(kept.len() == 1, "The spool does not have exactly one entry: {kept:?}");
     let entry = fs::read(&kept[0])?;
     cluster.agents[0].start()?;
     checks::eventually("the deletion is done", checks::EVENT_TIMEOUT, || {
         Ok(cni::spooled(&cluster.agents[0])?.is_empty())
     })?;
-    // State if the plugin stores the request late: the entry exists when a pod of the same name is
-    // added.
+    // State of a plugin that writes its entry after the agent has read the spool, before a pod of
+    // the same name is added.
     fs::write(&kept[0], entry)?;
     let second = runtime.pod("again")?;
-    ensure!(cni::spooled(&cluster.agents[0])?.is_empty(), "it still waits for the next look");
-    // The wait is longer than the interval of the agent's reconciliation.
+    let spooled = cni::spooled(&cluster.agents[0])?;
+    ensure!(spooled.is_empty(), "ADD left the entry of its attachment in the spool: {spooled:?}");
+    // The wait is longer than the interval in which the agent reads the spool (10 s).
     thread::sleep(Duration::from_secs(11));
     let answers = ping(node(&cluster, 0), IpAddr::V4(second.v4), Ping::default())?;
-    ensure!(answers.complete(), "the new pod was detached: {}", answers.text);
+    ensure!(answers.complete(), "The new pod was detached: {}", answers.text);
     runtime.del("again", None)?;
     drop(first);
     same(&before, &traces(node(&cluster, 0))?)

@@ -1,4 +1,4 @@
-//! containerd and libcni as callers of the plugin.
+//! The plugin as containerd (by ctr and by the CRI) and libcni call it.
 
 use std::fs;
 use std::net::IpAddr;
@@ -55,7 +55,7 @@ impl Nodes {
 #[test]
 fn ctr_attaches_containers_of_two_nodes() -> Result<()> {
     let nodes = Nodes::up()?;
-    checks::eventually("the configuration is there", checks::EVENT_TIMEOUT, || {
+    checks::eventually("the list is installed", checks::EVENT_TIMEOUT, || {
         Ok(nodes
             .cluster
             .agents
@@ -68,7 +68,7 @@ fn ctr_attaches_containers_of_two_nodes() -> Result<()> {
         let text = format!("{}{}", finished.stdout, finished.stderr);
         ensure!(
             finished.code == 0,
-            "ctr {arguments:?}: {text}\n{}",
+            "ctr {arguments:?} failed: {text}\n{}",
             nodes.containerd[index].log_tail()
         );
         Ok(text)
@@ -103,15 +103,18 @@ fn ctr_attaches_containers_of_two_nodes() -> Result<()> {
         let to = addresses[1 - index].to_string();
         let ping = ["task", "exec", "--exec-id", "ping", name, "ping", "-c", "3", "-W", "2", &to];
         let text = ctr(index, &ping)?;
-        ensure!(text.contains("3 packets received"), "{text}");
+        ensure!(text.contains("3 packets received"), "Not every ping was answered: {text}");
     }
-    ensure!(nodes.used(0)? == 2.0 && nodes.used(1)? == 2.0, "not one pod each");
-    // ctr calls the plugin for DEL only if it waits for the container, so the test ends the task
-    // first.
+    for index in 0..2 {
+        let used = nodes.used(index)?;
+        ensure!(used == 2.0, "Node {index} uses {used} addresses instead of 2.");
+    }
+    // ctr calls the plugin for DEL only if it waits for the container itself. In this test, the agent
+    // notices that the namespace is gone.
     for (index, name) in names.iter().enumerate() {
         let _ = nodes.containerd[index].ctr(&["task", "kill", "-s", "SIGKILL", name]);
         checks::eventually(
-            "the task has ended, the container goes",
+            "the task has ended and the container is removed",
             checks::EVENT_TIMEOUT,
             || {
                 let _ = nodes.containerd[index].ctr(&["task", "rm", name]);
@@ -129,7 +132,7 @@ fn ctr_attaches_containers_of_two_nodes() -> Result<()> {
 }
 
 #[test]
-fn the_runtime_interface_starts_pods_as_kubelet_does() -> Result<()> {
+fn cri_starts_and_deletes_pods() -> Result<()> {
     let nodes = Nodes::up()?;
     let (first, second) = (nodes.cri(0)?, nodes.cri(1)?);
     for cri in [&first, &second] {
@@ -137,47 +140,51 @@ fn the_runtime_interface_starts_pods_as_kubelet_does() -> Result<()> {
             cri.network_ready()
         })?;
     }
-    // portmap's own chains stay for the next pod, so they must exist before the comparison.
+    // portmap creates chains for its first pod and never removes them.
     for cri in [&first, &second] {
         cri.remove(&cri.run("first", &[(8081, 81)])?)?;
     }
     let before = [traces(nodes.node(0))?, traces(nodes.node(1))?];
     let (a, b) = (first.run("a", &[])?, second.run("b", &[(8080, 80)])?);
     let (a_ips, b_ips) = (first.addresses(&a)?, second.addresses(&b)?);
-    ensure!(a_ips.len() == 2 && a_ips[0].is_ipv4(), "IPv4 is the pod's address: {a_ips:?}");
+    ensure!(
+        a_ips.len() == 2 && a_ips[0].is_ipv4(),
+        "The pod does not have an IPv4 address followed by an IPv6 address: {a_ips:?}"
+    );
     // Two containers of a pod share its addresses.
     let server =
         ["sh", "-c", "mkdir -p /w; echo hello from b > /w/index.html; exec httpd -f -p 80 -h /w"];
     second.container(&b, "server", &server)?;
-    let beside = second.container(&b, "beside", &["sleep", "1000"])?;
+    let sibling = second.container(&b, "sibling", &["sleep", "1000"])?;
     let client = first.container(&a, "client", &["sleep", "1000"])?;
     for ip in &b_ips {
         let ping = ["ping", "-c", "3", "-W", "2", &ip.to_string()];
         let (code, text) = first.exec(&client, &ping)?;
-        ensure!(code == 0 && text.contains("3 packets received"), "{text}");
+        let is_complete = code == 0 && text.contains("3 packets received");
+        ensure!(is_complete, "Not every ping was answered: {text}");
     }
-    // The image's wget crashes with its static C library, so a shell and nc are the client.
+    // The image's wget crashes in its static C library, so the client is a shell with nc.
     let get = |cri: &Cri, container: &str, ip: IpAddr, port: u16| -> Result<()> {
         let line = format!("printf 'GET / HTTP/1.0\\r\\n\\r\\n' | nc -w 3 {ip} {port}");
         checks::eventually(&line, Duration::from_secs(10), || {
             let (code, text) = cri.exec(container, &["sh", "-c", &line])?;
-            ensure!(code == 0, "{code} {text}");
+            ensure!(code == 0, "The client ended with code {code}: {text}");
             Ok(text.contains("hello from b"))
         })
         .map(drop)
     };
     let local = IpAddr::from([127, 0, 0, 1]);
-    get(&second, &beside, local, 80)?;
+    get(&second, &sibling, local, 80)?;
     for ip in &b_ips {
         get(&first, &client, *ip, 80)?;
     }
     // The hostPort of b's node is reachable from a pod of the other node.
     let node = nodes.cluster.lab.nodes[1].underlay(Family::V4);
     get(&first, &client, node, 8080)?;
-    // Running pods do not need the agent, and can be deleted while it is stopped.
+    // Without an agent, running pods keep their network and can be deleted.
     let mut nodes = nodes;
     nodes.cluster.agents[1].stop()?;
-    get(&second, &beside, local, 80)?;
+    get(&second, &sibling, local, 80)?;
     second.remove(&b)?;
     nodes.cluster.agents[1].start()?;
     first.remove(&a)?;
@@ -190,16 +197,17 @@ fn the_runtime_interface_starts_pods_as_kubelet_does() -> Result<()> {
     Ok(())
 }
 
-/// The program `e2e/libcni`, built with Debian's Go sources, on a node with one agent.
+/// A program with libcni, the library of the runtimes, from Debian's Go sources, on a node with an
+/// agent.
 struct Libcni {
     cluster: Cluster,
     program: PathBuf,
-    /// Capability arguments of the pods that are attached.
+    /// Capability arguments of each pod (`runtimeConfig`).
     capabilities: Value,
 }
 
 impl Libcni {
-    /// Starts an agent whose chain has these plugins after Skein's, and builds the program.
+    /// Starts an agent whose list has the plugins `chain` after Skein's.
     fn up(chain: Value, capabilities: Value) -> Result<Self> {
         let lab =
             Lab::new(&Plan { nodes: 1, pods: 0, underlay: Underlay::Switch, ..Plan::default() })?;
@@ -221,16 +229,15 @@ impl Libcni {
         &self.cluster.lab.nodes[0].ns
     }
 
-    /// Returns the network configuration list that the agent has installed.
+    /// Returns the list that the agent has installed.
     fn list(&self) -> Result<Value> {
         let path = self.cluster.agents[0].cni_directory("conf_dir").join("10-skein.conflist");
-        checks::eventually("the configuration is there", checks::EVENT_TIMEOUT, || {
-            Ok(path.is_file())
-        })?;
+        checks::eventually("the list is installed", checks::EVENT_TIMEOUT, || Ok(path.is_file()))?;
         Ok(serde_json::from_slice(&fs::read(path)?)?)
     }
 
-    /// Runs one operation for a container and returns the output, which is the result for ADD.
+    /// Calls libcni with the operation `verb` for `container`, and returns its output, which is the
+    /// result of an ADD.
     fn call(&self, verb: &str, list: &Value, container: &str, pod: &Netns) -> Result<String> {
         let directory = self.cluster.lab.directory();
         let path = directory.join("list.conflist");
@@ -248,7 +255,7 @@ impl Libcni {
     }
 }
 
-/// The chain has portmap after Skein's plugin.
+/// The chain is skein-cni, portmap.
 #[test]
 fn libcni_adds_checks_and_deletes_in_every_version() -> Result<()> {
     let portmap = json!([{ "type": "portmap", "capabilities": { "portMappings": true } }]);
@@ -260,7 +267,7 @@ fn libcni_adds_checks_and_deletes_in_every_version() -> Result<()> {
         list["cniVersion"] = version.into();
         let (name, pod) = (format!("id-{version}"), Netns::create(&format!("libcni-{version}"))?);
         let result = libcni.add(&list, &name, &pod)?;
-        ensure!(result["cniVersion"] == version, "{result}");
+        ensure!(result["cniVersion"] == version, "The result is not of {version}: {result}");
         if version < "0.3.0" {
             for family in ["ip4", "ip6"] {
                 ensure!(result[family]["ip"].is_string(), "{result}");
@@ -281,10 +288,10 @@ fn libcni_adds_checks_and_deletes_in_every_version() -> Result<()> {
     Ok(())
 }
 
-/// Reference plugins in the chain apply bandwidth limits and settings of the pod's interface. The
-/// loopback plugin runs before Skein, which adds its result to that of the previous plugin.
+/// The chain is loopback, skein-cni, portmap, tuning, bandwidth: skein-cni extends the result of
+/// loopback, and the reference plugins apply bandwidth limits and settings of the pod's interface.
 #[test]
-fn other_plugins_of_the_chain_do_their_part() -> Result<()> {
+fn other_plugins_of_the_chain_take_effect() -> Result<()> {
     let lab = tempfile::tempdir()?;
     let chain = json!([
         { "type": "portmap", "capabilities": { "portMappings": true } },
@@ -308,7 +315,8 @@ fn other_plugins_of_the_chain_do_their_part() -> Result<()> {
     let before = traces(node)?;
     let ns = Netns::create("chained")?;
     let result = libcni.add(&list, "chained", &ns)?;
-    ensure!(result["interfaces"][0]["name"] == "lo", "the plugin before is forgotten: {result}");
+    let first = &result["interfaces"][0]["name"];
+    ensure!(first == "lo", "The result of the previous plugin is missing: {result}");
     let host = result["interfaces"][1]["name"].as_str().context("interfaces")?.to_owned();
     ensure!(result["interfaces"][2]["name"] == "eth0", "{result}");
     let addresses = cni::addresses(&result)?;
@@ -320,10 +328,10 @@ fn other_plugins_of_the_chain_do_their_part() -> Result<()> {
     ensure!(link.contains("mtu 1300") && link.contains("promiscuity 1"), "{link}");
     for (key, value) in [("net.ipv4.conf.eth0.log_martians", "1"), ("net.core.somaxconn", "77")] {
         let found = ns.sh(&format!("sysctl -n {key}"))?;
-        ensure!(found.trim() == value, "{key} is {found}");
+        ensure!(found.trim() == value, "{key} is {found} instead of {value}.");
     }
-    // Effects of bandwidth on the node: a queue for received traffic on the pod's link, and one for
-    // sent traffic on an additional interface.
+    // bandwidth, on the node: the limit of received traffic is on the pod's link, that of sent
+    // traffic on an IFB interface.
     let queues = node.sh("tc qdisc show")?;
     let queue = |rate: &str| queues.lines().find(|l| l.contains("tbf") && l.contains(rate));
     let (inward, outward) = (queue("rate 8Mbit"), queue("rate 4Mbit"));
@@ -332,14 +340,15 @@ fn other_plugins_of_the_chain_do_their_part() -> Result<()> {
     ensure!(queues.contains(&format!("qdisc ingress ffff: dev {host}")), "{queues}");
 
     libcni.call("CHECK", &list, "chained", &ns)?;
-    // The agent's next reconciliation leaves these settings unchanged.
+    // The next check of the agent (every 10 s) leaves the settings unchanged.
     thread::sleep(Duration::from_secs(11));
     libcni.call("CHECK", &list, "chained", &ns)?;
     let server = iperf::Server::start(&ns)?;
-    let address = addresses.iter().find(|address| !address.is_loopback()).context("none")?;
+    let address = addresses.iter().find(|address| !address.is_loopback());
+    let address = address.context("the pod has no address")?;
     let arrived = iperf::run(node, *address, Flow::Tcp { streams: 1 }, 3, false)?;
     let rate = arrived.bits_per_second;
-    ensure!((1e6..10e6).contains(&rate), "{rate} bit/s to a pod that may get 8 Mbit/s");
+    ensure!((1e6..10e6).contains(&rate), "The pod, limited to 8 Mbit/s, received {rate} bit/s.");
     drop(server);
 
     for _ in 0..2 {

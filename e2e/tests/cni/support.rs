@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result};
 use skein_lab::agent::Cluster;
 use skein_lab::{Family, Netns, Pod, checks};
 
+/// Checks that a pod reaches another over both families.
 pub(super) fn reach(a: &Pod, b: &Pod) -> Result<()> {
     for family in Family::BOTH {
         checks::reaches(a, b, family).with_context(|| format!("{family}"))?;
@@ -13,8 +14,8 @@ pub(super) fn reach(a: &Pod, b: &Pod) -> Result<()> {
     Ok(())
 }
 
-/// Adds a machine that is not a node and has routes to the pods of the first node. Its address is
-/// [`outside_address`].
+/// Attaches a machine to the underlay that is not a node and routes the pod CIDRs of the first node
+/// to that node. [`outside_address`] returns its address.
 pub(super) fn outside(cluster: &Cluster) -> Result<Netns> {
     let machine = cluster.lab.attach("outside", 77)?;
     let node = &cluster.lab.nodes[0];
