@@ -1,5 +1,5 @@
-//! Runs fuzz targets near their stored corpus in ordinary tests. The tests of each crate include this
-//! file by its path.
+//! Runs fuzz targets near their stored corpus in ordinary tests. The tests of each crate include
+//! this file by its path.
 
 use std::path::{Path, PathBuf};
 
@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 mod vary;
 
 /// Runs a target over each seed of its corpus: whole, cut at any byte, with any byte changed, and
-/// over variations of the seeds (5000, or as many as the environment variable SKEIN_VARIATIONS has).
+/// over variations of the seeds (5000, or as many as the environment variable SKEIN_VARIATIONS
+/// has).
 pub(crate) fn run_near_corpus(target: &str, run: fn(&[u8])) {
     let variations = std::env::var("SKEIN_VARIATIONS").ok().map(|count| count.parse().unwrap());
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));

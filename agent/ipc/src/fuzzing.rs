@@ -17,7 +17,8 @@ pub fn ipc_frames(data: &[u8]) {
     frames::<Snapshot>(data);
 }
 
-/// Reads frames up to the first malformed one. A message that was read can be written and read again.
+/// Reads frames up to the first malformed one. A message that was read can be written and read
+/// again.
 ///
 /// # Panics
 /// If a message that was read cannot be written, or cannot be read again.

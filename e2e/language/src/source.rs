@@ -1,6 +1,7 @@
 //! Doc comments and names of a Rust file, taken from its tokens.
 //!
-//! Tokens are walked instead of a syntax tree, so that doc comments inside of macro calls count, too.
+//! Tokens are walked instead of a syntax tree, so that doc comments inside of macro calls count,
+//! too.
 
 use anyhow::anyhow;
 use proc_macro2::{Delimiter, Group, TokenStream, TokenTree};

@@ -315,8 +315,8 @@ impl Engine {
         self.shared.changed = true;
     }
 
-    /// Ends all sessions and all pending handshakes of this node. New sessions are created when lanes
-    /// request them. Call this method if another process may continue with the same keys and
+    /// Ends all sessions and all pending handshakes of this node. New sessions are created when
+    /// lanes request them. Call this method if another process may continue with the same keys and
     /// counters, for example after the virtual machine was cloned or restored.
     pub fn end_sessions(&mut self, now: Time) {
         // The queued datagrams are sealed with the ended sessions.
@@ -378,8 +378,8 @@ impl Engine {
 
     /// Handles a datagram that this host's route to `destination` refused as too long. `size` is
     /// the length of its plaintext in bytes, `fits` the longest plaintext that the route carries,
-    /// if known. Reduces the path MTU of the peers at `destination` at once ([`PeerView::path_mtu`]).
-    /// Returns whether a path MTU was reduced.
+    /// if known. Reduces the path MTU of the peers at `destination` at once
+    /// ([`PeerView::path_mtu`]). Returns whether a path MTU was reduced.
     pub fn on_send_too_big(
         &mut self,
         now: Time,

@@ -48,8 +48,8 @@ pub(super) fn path(config: &Config) -> PathBuf {
 }
 
 impl Stored {
-    /// Reads the last good records; `None` if the file does not exist, or if it is invalid, which is
-    /// logged.
+    /// Reads the last good records; `None` if the file does not exist, or if it is invalid, which
+    /// is logged.
     pub fn read(config: &Config) -> Option<Self> {
         let store = path(config);
         let bytes = std::fs::read(&store).ok()?;
