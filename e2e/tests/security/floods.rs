@@ -16,7 +16,6 @@ use skein_lab::agent::{Agent, Cluster, Metrics, PORT};
 use skein_lab::load::flood::{FloodSender, FloodStats, spoofed_source};
 use skein_lab::load::pattern::Pattern;
 use skein_lab::load::progress::FlowProgress;
-use skein_lab::load::retry_bind;
 use skein_lab::load::transfer::Transfer;
 use skein_lab::process::{resident_bytes, thread_cpu_seconds};
 use skein_lab::{Family, Lab, Netns, Offloads, Plan, checks};
