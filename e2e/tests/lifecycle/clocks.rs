@@ -1,4 +1,4 @@
-//! Wall clocks that jump. Handshakes carry the time, so that an old one is not taken twice.
+//! Wall clocks that jump. Handshakes carry the wall-clock time as protection against replays.
 
 use std::fs;
 use std::os::unix::fs::FileExt as _;
@@ -13,13 +13,14 @@ use skein_lab::checks;
 use skein_lab::load::transfer::Transfer;
 use skein_lab::{Family, Lab, Plan};
 
+/// Seconds of an hour.
 const HOURS: i64 = 3600;
 
-/// An agent's wall clock, wrong by what the file says.
+/// Offset of an agent's wall clock. The value is the path of the file that contains the offset.
 struct Clock(PathBuf);
 
 impl Clock {
-    /// To be called before the agent starts.
+    /// Gives the agent a clock of its own. Call it before the agent starts.
     fn of(agent: &mut Agent, lab: &Lab) -> Result<Self> {
         agent.preload("other_clock")?;
         let file = lab.directory().join(format!("{}.clock", agent.record.name));
@@ -30,15 +31,15 @@ impl Clock {
         Ok(clock)
     }
 
-    /// Seconds ahead of the truth, or behind it.
+    /// Sets the offset from the true time, seconds; negative values are in the past.
     fn set(&self, seconds: i64) -> Result<()> {
-        // In place: the agent's processes have mapped the file.
+        // The file is written in place, because the agent's processes have mapped it.
         let file = fs::File::options().create(true).truncate(false).write(true).open(&self.0)?;
         file.write_all_at(&seconds.to_ne_bytes(), 0).context("setting the clock")
     }
 }
 
-/// Two nodes, the first of which has a clock of its own.
+/// Starts two nodes, the first of which has a clock of its own.
 fn with_a_clock() -> Result<(Cluster, Clock)> {
     let mut cluster = Cluster::prepare(Lab::new(&Plan::default())?, Family::V4)?;
     let Cluster { agents, lab, .. } = &mut cluster;
@@ -53,7 +54,7 @@ fn replayed(agent: &Agent) -> Result<f64> {
 }
 
 #[test]
-fn a_clock_that_jumps_disturbs_nothing() -> Result<()> {
+fn clock_jumps_do_not_disturb_traffic() -> Result<()> {
     let (cluster, clock) = with_a_clock()?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
     let to = (b.address(Family::V4), 7000).into();
@@ -72,7 +73,7 @@ fn a_clock_that_jumps_disturbs_nothing() -> Result<()> {
     }
     let received = transfer.join()?;
     println!(
-        "the clock set by hours and a year, four times: the transfer stood for {:.0} ms at most",
+        "the clock jumped four times, by up to a year: longest interruption {:.0} ms",
         received.longest_pause * 1e3
     );
     ensure!(
@@ -80,43 +81,42 @@ fn a_clock_that_jumps_disturbs_nothing() -> Result<()> {
         "The transfer was interrupted for {} s.",
         received.longest_pause
     );
-    // A machine that was restored from a snapshot has a clock that jumps ahead. Two of the jumps are
-    // ahead: by 5 hours, and by a year.
+    // The clock of a machine that is restored from a snapshot jumps ahead. Two of the jumps are
+    // ahead, by 5 hours and by a year.
     let sessions = completed(&cluster.agents[0])? - before;
-    ensure!(sessions >= 2.0, "{sessions} new sessions after two jumps ahead");
+    ensure!(sessions >= 2.0, "Two jumps ahead caused only {sessions} new sessions.");
     let log = fs::read_to_string(cluster.agents[0].log())?;
     let ended = log.matches("the wall clock has jumped ahead").count();
-    ensure!(ended == 2, "sessions were ended {ended} times");
+    ensure!(ended == 2, "Sessions were ended {ended} times instead of twice.");
     checks::all_reach_all(&cluster.lab)
 }
 
-/// All that the node knows of its time before is on its disk. It has to begin by itself: the other has
-/// nothing to say to it.
+/// After its start, the node knows the time of its last run only from its disk. It must initiate the
+/// handshake itself, because the other node has no packet for it.
 #[test]
-fn a_node_that_starts_with_a_clock_set_back_is_heard() -> Result<()> {
+fn handshakes_of_a_node_with_a_clock_set_back_are_accepted() -> Result<()> {
     let (mut cluster, clock) = with_a_clock()?;
     for (what, hours) in [("the same", 0), ("5 hours back", -5), ("48 hours back", -48)] {
         let code = cluster.agents[0].stop()?;
-        ensure!(code == 0, "the agent ended with code {code}");
-        ensure!(cluster.agents[0].keeper_pids().is_empty(), "its data process goes on");
+        ensure!(code == 0, "The agent ended with code {code}.");
+        ensure!(cluster.agents[0].keeper_pids().is_empty(), "The data process still runs.");
         clock.set(hours * HOURS)?;
         cluster.agents[0].start()?;
         let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
         let took = checks::wait_until_reached(a, b, Family::V4, checks::EVENT_TIMEOUT)?;
-        println!("started anew, its clock {what}: heard after {:.2} s", took.as_secs_f64());
-        ensure!(replayed(&cluster.agents[1])? == 0.0, "its handshakes were taken for replays");
+        println!("restarted, clock {what}: reached after {:.2} s", took.as_secs_f64());
+        let replays = replayed(&cluster.agents[1])?;
+        ensure!(replays == 0.0, "{replays} handshakes were refused as replays.");
     }
-    // A data process that is lost altogether begins anew, too, while the agent goes on.
+    // A data process whose keeper is killed starts without sessions, while the agent runs.
     clock.set(-96 * HOURS)?;
     let keepers = cluster.agents[0].keeper_pids();
     let keeper = keepers.first().and_then(|pid| Pid::from_raw(*pid)).context("no keeper")?;
     kill_process(keeper, Signal::KILL)?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
     let took = checks::wait_until_reached(a, b, Family::V4, checks::EVENT_TIMEOUT)?;
-    println!(
-        "its data process lost, its clock 96 hours back: heard after {:.2} s",
-        took.as_secs_f64()
-    );
-    ensure!(replayed(&cluster.agents[1])? == 0.0, "its handshakes were taken for replays");
+    println!("data process lost, clock 96 hours back: reached after {:.2} s", took.as_secs_f64());
+    let replays = replayed(&cluster.agents[1])?;
+    ensure!(replays == 0.0, "{replays} handshakes were refused as replays.");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Control process and data process apart: who starts, keeps, loses and finds the data process.
+//! Start, loss, replacement and take-over of the data process, with and without a control process.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -16,7 +16,7 @@ use skein_lab::load::transfer::Transfer;
 use skein_lab::process::Process;
 use skein_lab::{Family, Lab, Plan, Pod};
 
-/// Agents whose data processes somebody else has started.
+/// Starts agents whose data processes are started by the test (`dataplane.mode` is `external`).
 fn external() -> Result<(Cluster, Vec<Process>)> {
     let mut cluster = Cluster::prepare(Lab::new(&Plan::default())?, Family::V4)?;
     cluster.agents.iter_mut().for_each(|agent| agent.set("dataplane.mode", "external"));
@@ -26,7 +26,7 @@ fn external() -> Result<(Cluster, Vec<Process>)> {
     Ok((cluster, processes))
 }
 
-/// Pings a thousand times a second while something is done to the agents.
+/// Pings 1000 times per second while `work` runs.
 fn pinged_while(from: &Pod, to: &Pod, work: impl FnOnce() -> Result<()>) -> Result<Answers> {
     thread::scope(|scope| {
         let many = Ping { count: 3000, interval_ms: 1, ..Ping::default() };
@@ -37,10 +37,17 @@ fn pinged_while(from: &Pod, to: &Pod, work: impl FnOnce() -> Result<()>) -> Resu
     })
 }
 
+/// Checks that every ping was answered.
+fn all_answered(answers: &Answers) -> Result<()> {
+    let Answers { received, sent, .. } = answers;
+    ensure!(answers.complete(), "Only {received} of {sent} pings were answered.");
+    Ok(())
+}
+
 fn only_dataplane(agent: &Agent) -> Result<i32> {
     match agent.dataplane_pids()[..] {
         [pid] => Ok(pid),
-        ref pids => Err(anyhow::anyhow!("data processes: {pids:?}")),
+        ref pids => Err(anyhow::anyhow!("there is not exactly one data process: {pids:?}")),
     }
 }
 
@@ -49,11 +56,12 @@ fn revision(agent: &Agent) -> Result<u64> {
 }
 
 #[test]
-fn an_external_data_process_outlives_the_control_process() -> Result<()> {
+fn external_data_process_outlives_the_control_process() -> Result<()> {
     let (mut cluster, mut processes) = external()?;
     let Cluster { agents, lab, .. } = &mut cluster;
     for (agent, process) in agents.iter().zip(&processes) {
-        ensure!(agent.keeper_pids() == [process.pid()], "another data process is at work");
+        let keepers = agent.keeper_pids();
+        ensure!(keepers == [process.pid()], "Another data process is active: {keepers:?}");
     }
     let (a, b) = (lab.pod(0), lab.pod(1));
     checks::transfer(a, b, Family::V6, 4 << 20)?;
@@ -63,16 +71,16 @@ fn an_external_data_process_outlives_the_control_process() -> Result<()> {
         thread::sleep(Duration::from_millis(500));
         agents[0].start()
     })?;
-    ensure!(answers.complete(), "{} of {} answered", answers.received, answers.sent);
-    ensure!(only_dataplane(&agents[0])? == pid);
-    ensure!(revision(&agents[0])? > before, "the next control process has not taken over");
+    all_answered(&answers)?;
+    ensure!(only_dataplane(&agents[0])? == pid, "The data process was replaced.");
+    ensure!(revision(&agents[0])? > before, "The next control process has not taken over.");
     agents[0].remove_record(&agents[1].record.name)?;
     let cut = || Ok(checks::does_not_reach(a, b, Family::V4).is_ok());
     checks::eventually("a removed node is cut off", checks::EVENT_TIMEOUT, cut)?;
 
-    // It is not the agent's to end, either.
+    // The agent does not stop an external data process.
     let code = agents[0].stop()?;
-    ensure!(code == 0, "the agent ended with code {code}");
+    ensure!(code == 0, "The agent ended with code {code}.");
     processes[0].check_alive()
 }
 
@@ -88,11 +96,12 @@ fn readiness_follows_the_data_process() -> Result<()> {
     processes[0].kill();
     answers(503)?;
     let why = agent.http("/readyz")?.body;
-    ensure!(why.contains("data process"), "not ready, and says: {why}");
-    ensure!(agent.http("/healthz")?.status == 200, "the control process lives");
+    ensure!(why.contains("data process"), "The reason does not name the data process: {why}");
+    ensure!(agent.http("/healthz")?.status == 200, "The control process is not alive.");
     let metrics = agent.metrics()?;
     for name in ["skein_ready", "skein_dataplane_up"] {
-        ensure!(metrics.0.contains(&format!("\n{name} 0\n")), "{name}: {}", metrics.0);
+        let is_zero = metrics.0.contains(&format!("\n{name} 0\n"));
+        ensure!(is_zero, "The metric {name} is not 0: {}", metrics.0);
     }
     processes[0] = agent.start_dataplane()?;
     answers(200)?;
@@ -103,7 +112,7 @@ fn readiness_follows_the_data_process() -> Result<()> {
 }
 
 #[test]
-fn a_data_process_that_is_to_be_kept_goes_on_without_an_agent() -> Result<()> {
+fn kept_data_process_runs_without_an_agent() -> Result<()> {
     let mut cluster = Cluster::prepare(Lab::new(&Plan::default())?, Family::V4)?;
     cluster.agents[0].set("dataplane.keep_on_exit", true);
     cluster.start()?;
@@ -113,21 +122,22 @@ fn a_data_process_that_is_to_be_kept_goes_on_without_an_agent() -> Result<()> {
     let kept = only_dataplane(agent)?;
     let answers = pinged_while(lab.pod(0), lab.pod(1), || {
         let code = agent.stop()?;
-        ensure!(code == 0, "the agent ended with code {code}");
+        ensure!(code == 0, "The agent ended with code {code}.");
         thread::sleep(Duration::from_millis(500));
-        ensure!(only_dataplane(agent)? == kept, "it did not go on");
+        ensure!(only_dataplane(agent)? == kept, "The data process was replaced.");
         agent.set("dataplane.keep_on_exit", false);
         agent.start()
     })?;
-    ensure!(answers.complete(), "{} of {} answered", answers.received, answers.sent);
-    ensure!(only_dataplane(agent)? == kept, "it was replaced");
-    // The agent that is told otherwise ends it, also one that it has not started.
+    all_answered(&answers)?;
+    ensure!(only_dataplane(agent)? == kept, "The data process was replaced.");
+    // An agent without keep_on_exit stops the data process, although another agent started it.
     agent.stop()?;
-    ensure!(agent.dataplane_pids().is_empty(), "{:?} goes on", agent.dataplane_pids());
+    let pids = agent.dataplane_pids();
+    ensure!(pids.is_empty(), "Data processes still run: {pids:?}");
     Ok(())
 }
 
-/// Handshakes of one result, as the data process counts them.
+/// Returns the number of handshakes with `result` since the start of the data process.
 fn handshakes(agent: &Agent, result: &str) -> Result<u64> {
     let report = agent.report()?;
     let counts = report["handshakes"].as_array().context("no handshakes")?;
@@ -135,17 +145,17 @@ fn handshakes(agent: &Agent, result: &str) -> Result<u64> {
     found.and_then(|count| count["count"].as_u64()).with_context(|| format!("no {result}"))
 }
 
-/// Kills the data process; returns once another one answers.
+/// Kills the data process and waits until the next one answers.
 fn kill_dataplane(agent: &Agent) -> Result<()> {
     let before = only_dataplane(agent)?;
     kill_process(Pid::from_raw(before).context("no process")?, Signal::KILL)?;
     let again =
         || Ok(only_dataplane(agent).is_ok_and(|pid| pid != before) && agent.report().is_ok());
-    checks::eventually("another is at work", checks::EVENT_TIMEOUT, again).map(drop)
+    checks::eventually("another data process answers", checks::EVENT_TIMEOUT, again).map(drop)
 }
 
 #[test]
-fn a_killed_data_process_is_replaced_without_an_outage() -> Result<()> {
+fn killed_data_process_is_replaced_without_an_outage() -> Result<()> {
     const KILLS: u32 = 3;
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;
     checks::all_reach_all(&cluster.lab)?;
@@ -158,19 +168,21 @@ fn a_killed_data_process_is_replaced_without_an_outage() -> Result<()> {
     for kill in 1..=KILLS {
         let answers = pinged_while(a, b, || kill_dataplane(ours))?;
         let lost = answers.sent - answers.received;
-        println!("kill {kill} of the data process: {lost} of {} pings, one each ms", answers.sent);
-        ensure!(lost <= 50, "{lost} pings lost: {}", answers.text);
+        let sent = answers.sent;
+        println!("kill {kill} of the data process: {lost} of {sent} pings (one per ms) lost");
+        ensure!(lost <= 50, "{lost} pings were lost: {}", answers.text);
     }
     let received = transfer.join()?;
-    println!("the transfer stood for {:.0} ms at most", received.longest_pause * 1e3);
+    let pause = received.longest_pause * 1e3;
+    println!("longest interruption of the transfer {pause:.0} ms");
     ensure!(
         received.longest_pause < checks::MAX_INTERRUPTION,
         "The transfer was interrupted for {} s.",
         received.longest_pause
     );
-    ensure!(ours.keeper_pids() == keeper, "the keeper was replaced, too");
-    ensure!(handshakes(ours, "initiated")? == 0, "the last one has made a new session");
-    ensure!(handshakes(theirs, "initiated")? == before, "the other node has made a new session");
+    ensure!(ours.keeper_pids() == keeper, "The keeper was replaced, too.");
+    ensure!(handshakes(ours, "initiated")? == 0, "The last data process started a handshake.");
+    ensure!(handshakes(theirs, "initiated")? == before, "The other node started a handshake.");
     ensure!(ours.metrics()?.sum("skein_dataplane_restarts_total", &[]) == f64::from(KILLS));
     Ok(())
 }
@@ -199,28 +211,33 @@ fn deleted_dataplane_socket_is_created_again() -> Result<()> {
             let limit = Duration::from_secs(10);
             checks::eventually("the socket is created again", limit, connects)?;
             let mode = fs::metadata(&socket)?.permissions().mode() & 0o777;
-            ensure!(mode == 0o600, "the socket has mode {mode:o}");
+            ensure!(mode == 0o600, "The socket has mode {mode:o} instead of 600.");
         }
         Ok(())
     })?;
-    ensure!(answers.complete(), "{} of {} answered", answers.received, answers.sent);
+    all_answered(&answers)?;
     fs::remove_file(renamed)?;
-    ensure!(only_dataplane(&agents[0])? == pid, "the data process was replaced");
+    ensure!(only_dataplane(&agents[0])? == pid, "The data process was replaced.");
     // The next data process listens on the new socket, and the next control process finds it there.
     kill_dataplane(&agents[0])?;
-    ensure!(handshakes(&agents[0], "initiated")? == 0, "the next one has made a new session");
+    let initiated = handshakes(&agents[0], "initiated")?;
+    ensure!(initiated == 0, "The next data process started {initiated} handshakes.");
     let pid = only_dataplane(&agents[0])?;
     agents[0].kill_control();
     agents[0].start()?;
-    ensure!(only_dataplane(&agents[0])? == pid, "the data process was not found");
+    ensure!(
+        only_dataplane(&agents[0])? == pid,
+        "The control process did not find the data process."
+    );
     let code = agents[0].stop()?;
-    ensure!(code == 0 && !socket.exists(), "the socket is left behind (code {code})");
+    ensure!(code == 0 && !socket.exists(), "The socket was not removed (exit code {code}).");
     Ok(())
 }
 
-/// What dies as soon as it is started is not started for ever: the agent begins anew.
+/// The keeper restarts a data process that ends repeatedly a limited number of times; then the agent
+/// starts another keeper.
 #[test]
-fn a_data_process_that_dies_again_and_again_is_given_up() -> Result<()> {
+fn data_process_that_ends_repeatedly_gets_another_keeper() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;
     checks::all_reach_all(&cluster.lab)?;
     let agent = &cluster.agents[0];
@@ -228,15 +245,15 @@ fn a_data_process_that_dies_again_and_again_is_given_up() -> Result<()> {
     for _ in 0..4 {
         kill_dataplane(agent)?;
     }
-    let anew = || Ok(agent.keeper_pids().len() == 1 && agent.keeper_pids() != keeper);
-    checks::eventually("another keeper is at work", Duration::from_secs(10), anew)?;
+    let is_new = || Ok(agent.keeper_pids().len() == 1 && agent.keeper_pids() != keeper);
+    checks::eventually("another keeper runs", Duration::from_secs(10), is_new)?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
     checks::wait_until_reached(a, b, Family::V4, Duration::from_secs(10))?;
     Ok(())
 }
 
 #[test]
-fn a_data_plane_is_taken_over_without_a_loss() -> Result<()> {
+fn data_plane_is_taken_over_without_loss() -> Result<()> {
     let (cluster, mut processes) = external()?;
     let Cluster { agents, lab, .. } = &cluster;
     let (a, b) = (lab.pod(0), lab.pod(1));
@@ -247,40 +264,42 @@ fn a_data_plane_is_taken_over_without_a_loss() -> Result<()> {
         for _ in 0..2 {
             let next = agents[0].take_over_dataplane()?;
             let mut old = std::mem::replace(&mut processes[0], next);
-            // The first, which has taken nothing over, ends; the second waits to be ended.
+            // The first data process, which took nothing over, ends. The second waits until it is
+            // stopped.
             let gone = || Ok(old.exited() == Some(0) || agents[0].keeper_pids().len() == 1);
-            checks::eventually("the old one is out of work", checks::EVENT_TIMEOUT, gone)?;
+            checks::eventually("the old data process is idle", checks::EVENT_TIMEOUT, gone)?;
             thread::sleep(Duration::from_millis(500));
         }
         Ok(())
     })?;
     let received = transfer.join()?;
     println!(
-        "taken over twice: {} of {} pings (one each ms) were lost; the transfer stood for {:.0} ms at \
-         most",
+        "two take-overs: {} of {} pings (one per ms) lost; longest interruption of the transfer \
+         {:.0} ms",
         answers.sent - answers.received,
         answers.sent,
         received.longest_pause * 1e3
     );
-    ensure!(answers.complete(), "{} of {} answered", answers.received, answers.sent);
-    ensure!(agents[0].keeper_pids() == [processes[0].pid()], "somebody else is at work");
-    ensure!(handshakes(&agents[0], "initiated")? == 0, "the last one has made a new session");
-    ensure!(
-        handshakes(&agents[1], "initiated")? == before,
-        "the other node has made a new session"
-    );
+    all_answered(&answers)?;
+    let keepers = agents[0].keeper_pids();
+    ensure!(keepers == [processes[0].pid()], "Another data process is active: {keepers:?}");
+    let initiated = handshakes(&agents[0], "initiated")?;
+    ensure!(initiated == 0, "The last data process started {initiated} handshakes.");
+    let initiated = handshakes(&agents[1], "initiated")?;
+    ensure!(initiated == before, "The other node started a handshake.");
     ensure!(agents[0].metrics()?.sum("skein_dataplane_restarts_total", &[]) == 2.0);
 
-    // Where nobody is to be taken over from, it begins anew.
+    // Without a process to take over from, a data process starts without sessions.
     processes[0].kill();
     processes[0] = agents[0].take_over_dataplane()?;
     checks::wait_until_reached(a, b, Family::V4, Duration::from_secs(10))?;
     Ok(())
 }
 
-/// As a new pod does on a node beside the old one: the data process first, or the agent.
+/// An agent and a data process take over separately, in both orders, like the containers of a new
+/// pod.
 #[test]
-fn an_agent_takes_the_place_of_another_and_pods_do_not_notice() -> Result<()> {
+fn agent_takes_over_from_another_without_loss() -> Result<()> {
     let (mut cluster, mut processes) = external()?;
     let Cluster { agents, lab, .. } = &mut cluster;
     let (a, b) = (lab.pod(0), lab.pod(1));
@@ -292,51 +311,49 @@ fn an_agent_takes_the_place_of_another_and_pods_do_not_notice() -> Result<()> {
     let answers = pinged_while(a, b, || {
         let mut first = agent.take_over()?;
         let gone = || Ok(first.exited() == Some(0));
-        checks::eventually(
-            "the first, which takes nothing over, ends",
-            checks::EVENT_TIMEOUT,
-            gone,
-        )?;
+        checks::eventually("the first agent ends", checks::EVENT_TIMEOUT, gone)?;
         let next = agent.take_over_dataplane()?;
         let mut old = std::mem::replace(&mut processes[0], next);
         let gone = || Ok(old.exited() == Some(0));
-        checks::eventually("so does its data process", checks::EVENT_TIMEOUT, gone)?;
+        checks::eventually("the first data process ends", checks::EVENT_TIMEOUT, gone)?;
         let mut second = agent.take_over()?;
-        checks::eventually("the second waits", checks::EVENT_TIMEOUT, || waits(&second))?;
+        checks::eventually("the second agent waits", checks::EVENT_TIMEOUT, || waits(&second))?;
         let next = agent.take_over_dataplane()?;
         let third = std::mem::replace(&mut processes[0], next);
         let idle = || Ok(!agent.keeper_pids().contains(&third.pid()));
-        checks::eventually("its data process waits", checks::EVENT_TIMEOUT, idle)?;
-        ensure!(second.stop(checks::EVENT_TIMEOUT)? == 0, "it does not end when it is asked");
+        checks::eventually("the second data process waits", checks::EVENT_TIMEOUT, idle)?;
+        let code = second.stop(checks::EVENT_TIMEOUT)?;
+        ensure!(code == 0, "The waiting agent ended with code {code}.");
         Ok(())
     })?;
-    ensure!(answers.complete(), "{} of {} answered", answers.received, answers.sent);
-    ensure!(agent.http("/readyz")?.status == 200);
-    ensure!(agent.keeper_pids() == [processes[0].pid()], "somebody else is at work");
-    // Alone, too, and with settings that the data process that runs cannot take.
+    all_answered(&answers)?;
+    ensure!(agent.http("/readyz")?.status == 200, "The agent is not ready.");
+    let keepers = agent.keeper_pids();
+    ensure!(keepers == [processes[0].pid()], "Another data process is active: {keepers:?}");
+    // An agent alone takes over with settings that need another data process.
     agent.set("dataplane.bundling", false);
     let old = agent.replace()?;
     drop(old);
     let gone = || Ok(processes[0].exited() == Some(0));
-    checks::eventually("the data process makes room", checks::EVENT_TIMEOUT, gone)?;
+    checks::eventually("the old data process ends", checks::EVENT_TIMEOUT, gone)?;
     processes[0] = agent.start_dataplane()?;
     agent.wait_ready()?;
     checks::wait_until_reached(a, b, Family::V4, checks::EVENT_TIMEOUT)?;
     Ok(())
 }
 
-/// One that answers no more is found out by its silence, killed, and started anew.
+/// A data process that does not answer requests is killed and restarted.
 #[test]
-fn a_data_process_that_hangs_is_replaced() -> Result<()> {
+fn data_process_that_hangs_is_replaced() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;
     checks::all_reach_all(&cluster.lab)?;
     let agent = &cluster.agents[0];
     let before = only_dataplane(agent)?;
     kill_process(Pid::from_raw(before).context("no process")?, Signal::STOP)?;
     let replaced = || Ok(only_dataplane(agent).is_ok_and(|pid| pid != before));
-    checks::eventually("another is at work", Duration::from_secs(20), replaced)?;
+    checks::eventually("another data process runs", Duration::from_secs(20), replaced)?;
     let ready = || Ok(agent.http("/readyz")?.status == 200);
-    checks::eventually("it is ready", checks::EVENT_TIMEOUT, ready)?;
+    checks::eventually("the agent is ready", checks::EVENT_TIMEOUT, ready)?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
     checks::wait_until_reached(a, b, Family::V4, checks::EVENT_TIMEOUT)?;
     checks::transfer(b, a, Family::V6, 1 << 20)?;

@@ -1,4 +1,4 @@
-//! What an underlay, a host and its other programs do to a network, and what comes of it: with figures.
+//! Faults of the underlay, of a host and of processes. The tests print the measured interruptions.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use skein_lab::process::Process;
 use skein_lab::{Family, Lab, Plan, checks};
 
 #[test]
-fn a_host_that_was_suspended_is_back_at_once() -> Result<()> {
+fn suspended_host_is_reached_within_5_s_after_its_return() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;
     checks::all_reach_all(&cluster.lab)?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
@@ -19,36 +19,36 @@ fn a_host_that_was_suspended_is_back_at_once() -> Result<()> {
     let transfer = Transfer::start(&a.ns, &b.ns, to, 100 << 20, Some(8 << 20))?;
     thread::sleep(Duration::from_secs(1));
     let pids = cluster.agents[1].pids();
-    ensure!(pids.len() >= 3, "{pids:?}");
+    ensure!(pids.len() >= 3, "The agent has fewer than 3 processes: {pids:?}");
     let signal = |signal| {
         pids.iter()
             .filter_map(|&pid| Pid::from_raw(pid))
             .try_for_each(|pid| kill_process(pid, signal))
     };
     signal(Signal::STOP)?;
-    let noticed = seconds_until(|| not_well(&cluster.agents[0]))?;
-    // Longer than a session may be silent.
+    let noticed = seconds_until(|| is_unreachable(&cluster.agents[0]))?;
+    // The suspension is longer than the time after which a silent peer is unreachable.
     thread::sleep(Duration::from_secs(20));
     signal(Signal::CONT)?;
     let back = seconds_until(|| Ok(checks::reaches(a, b, Family::V4).is_ok()))?;
     let received = transfer.join()?;
     println!(
-        "suspended for 20 s: noticed after {:.1} s, back {back:.1} s after it went on; the transfer \
-         stood for {:.1} s",
-        noticed, received.longest_pause
+        "suspended for 20 s: noticed after {noticed:.1} s, reached {back:.1} s after the end; \
+         longest interruption of the transfer {:.1} s",
+        received.longest_pause
     );
-    ensure!(noticed < 5.0, "{noticed} s");
-    ensure!(back < 5.0, "{back} s");
+    ensure!(noticed < 5.0, "The suspended peer was unreachable only after {noticed} s.");
+    ensure!(back < 5.0, "The peer was reached only {back} s after the suspension.");
     checks::all_reach_all(&cluster.lab)
 }
 
 #[test]
-fn both_ends_may_lose_their_data_planes_at_once() -> Result<()> {
+fn transfer_survives_loss_of_both_data_processes() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;
     checks::all_reach_all(&cluster.lab)?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
     let to = (b.address(Family::V4), 7000).into();
-    for (what, keepers) in [("data processes", false), ("keepers, too", true)] {
+    for (what, keepers) in [("data processes", false), ("keepers and data processes", true)] {
         let transfer = Transfer::start(&a.ns, &b.ns, to, 60 << 20, Some(20 << 20))?;
         thread::sleep(Duration::from_secs(1));
         for agent in &cluster.agents {
@@ -62,10 +62,10 @@ fn both_ends_may_lose_their_data_planes_at_once() -> Result<()> {
             }
         }
         let received = transfer.join()?;
-        println!("{what}, of both ends at once: it stood for {:.2} s", received.longest_pause);
+        println!("{what} of both ends killed: interruption {:.2} s", received.longest_pause);
         ensure!(
             received.longest_pause < checks::MAX_INTERRUPTION,
-            "{what}: the transfer was interrupted for {} s.",
+            "{what}: The transfer was interrupted for {} s.",
             received.longest_pause
         );
     }
@@ -73,13 +73,13 @@ fn both_ends_may_lose_their_data_planes_at_once() -> Result<()> {
 }
 
 #[test]
-fn a_path_that_is_dead_in_one_direction_is_told_within_seconds() -> Result<()> {
+fn path_dead_in_one_direction_is_reported_within_20_s() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;
     checks::all_reach_all(&cluster.lab)?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
     let deaf = &cluster.lab.nodes[1].ns;
     let from = cluster.lab.nodes[0].underlay(Family::V4);
-    // Whatever there is to send: an idle path is nobody's trouble.
+    // Pings during the fault, because an idle peer does not become unreachable.
     let mut sends = a.ns.command("ping");
     sends.args(["-i", "0.2", "-w", "30", &b.v4.to_string()]);
     let mut sends = Process::start(&mut sends, &cluster.lab.directory().join("ping.log"))?;
@@ -90,34 +90,38 @@ fn a_path_that_is_dead_in_one_direction_is_told_within_seconds() -> Result<()> {
          add rule ip deaf in ip saddr {from} udp dport 1-65535 drop\n"
     ))?;
     for agent in &cluster.agents {
-        seconds_until(|| not_well(agent))?;
+        seconds_until(|| is_unreachable(agent))?;
         let noticed = cut.elapsed().as_secs_f64();
         let report = agent.report()?;
-        let (peer, told) = (&report["peers"][0], &report["unreachable"][0]["reason"]);
+        let (peer, reason) = (&report["peers"][0], &report["unreachable"][0]["reason"]);
         println!(
             "{}: after {noticed:.1} s {} ({})",
             agent.record.name, peer["state"], peer["reason"]
         );
-        ensure!(noticed < 20.0, "The peer was unreachable after {noticed} s.");
-        ensure!(peer["reason"].as_str().is_some_and(|reason| !reason.is_empty()), "{peer}");
-        ensure!(*told == peer["reason"], "{told}");
+        ensure!(noticed < 20.0, "The peer was unreachable only after {noticed} s.");
+        let has_reason = peer["reason"].as_str().is_some_and(|reason| !reason.is_empty());
+        ensure!(has_reason, "The peer has no reason: {peer}");
+        ensure!(
+            *reason == peer["reason"],
+            "The report has the reason {reason}, not that of {peer}"
+        );
         let metrics = agent.metrics()?;
-        let told = metrics.sum("skein_peers", &["state=\"unreachable\""]);
-        ensure!(told == 1.0, "{told} in the metrics");
-        let told = metrics.sum("skein_peers_unreachable", &[]);
-        ensure!(told == 1.0, "{told} in the metrics with a reason");
+        let count = metrics.sum("skein_peers", &["state=\"unreachable\""]);
+        ensure!(count == 1.0, "skein_peers counts {count} unreachable peers instead of 1.");
+        let count = metrics.sum("skein_peers_unreachable", &[]);
+        ensure!(count == 1.0, "skein_peers_unreachable is {count} instead of 1.");
     }
     sends.kill();
     deaf.sh("nft delete table ip deaf")?;
     let back = seconds_until(|| Ok(checks::reaches(a, b, Family::V4).is_ok()))?;
-    println!("back {back:.1} s after it could be heard again");
-    ensure!(back < 10.0, "{back} s");
+    println!("reached {back:.1} s after the end of the fault");
+    ensure!(back < 10.0, "The peer was reached only {back} s after the end of the fault.");
     checks::all_reach_all(&cluster.lab)
 }
 
-/// A cable that is out and in again, ten times within seconds, carries on where it was.
+/// A cable is disconnected ten times for 0.2 s each; sessions and connections survive.
 #[test]
-fn a_link_that_flaps_costs_what_it_is_away() -> Result<()> {
+fn connections_survive_a_flapping_link() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;
     checks::all_reach_all(&cluster.lab)?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
@@ -133,20 +137,21 @@ fn a_link_that_flaps_costs_what_it_is_away() -> Result<()> {
     let back = checks::wait_until_reached(a, b, Family::V4, checks::EVENT_TIMEOUT)?;
     let received = transfer.join()?;
     println!(
-        "cable out for 0.2 s, ten times in 5 s: pings answered {:.1} s after the last; the transfer stood \
-         for {:.1} s at most",
+        "cable disconnected ten times for 0.2 s: pings answered {:.1} s after the last time; longest \
+         interruption of the transfer {:.1} s",
         back.as_secs_f64(),
         received.longest_pause
     );
-    // TCP waits ever longer before it tries again.
-    ensure!(received.longest_pause < 15.0, "{} s", received.longest_pause);
+    // TCP doubles its retransmission timeout with each retry.
+    let pause = received.longest_pause;
+    ensure!(pause < 15.0, "The transfer was interrupted for {pause} s.");
     checks::all_reach_all(&cluster.lab)
 }
 
-/// There and back again, while connections go on. A node that listens on whatever address it has reckons with
-/// longer headers: its MTU is less than the other's.
+/// The node changes its address and changes it back under traffic. It listens on all addresses, so
+/// it assumes the headers of IPv6, and its MTU is smaller than the other node's.
 #[test]
-fn an_endpoint_that_moves_takes_connections_with_it() -> Result<()> {
+fn connections_survive_a_moving_endpoint() -> Result<()> {
     let mut cluster = Cluster::prepare(Lab::new(&Plan::default())?, Family::V4)?;
     cluster.agents[1].set("underlay.addresses", vec!["0.0.0.0".to_owned()]);
     cluster.start()?;
@@ -166,7 +171,7 @@ fn an_endpoint_that_moves_takes_connections_with_it() -> Result<()> {
     }
     let received = transfer.join()?;
     println!(
-        "moved there and back: the transfer stood for {:.2} s at most",
+        "address changed twice: longest interruption of the transfer {:.2} s",
         received.longest_pause
     );
     ensure!(
@@ -177,12 +182,12 @@ fn an_endpoint_that_moves_takes_connections_with_it() -> Result<()> {
     checks::all_reach_all(&cluster.lab)
 }
 
-/// Whether the agent says that something is wrong with its peer.
-fn not_well(agent: &Agent) -> Result<bool> {
+/// Returns whether the agent reports its first peer as unreachable.
+fn is_unreachable(agent: &Agent) -> Result<bool> {
     Ok(agent.report()?["peers"][0]["state"] == "unreachable")
 }
 
-/// How long it takes, up to a minute.
+/// Waits until `is_so` is true, at most 60 s, and returns the time in seconds.
 fn seconds_until(is_so: impl Fn() -> Result<bool>) -> Result<f64> {
     Ok(checks::eventually("the change", Duration::from_secs(60), is_so)?.as_secs_f64())
 }

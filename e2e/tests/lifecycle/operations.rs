@@ -8,7 +8,7 @@ use skein_lab::{Family, Plan, checks};
 use crate::start_errors::prepared;
 
 #[test]
-fn several_agents_live_side_by_side_in_one_namespace() -> Result<()> {
+fn two_agents_run_in_one_network_namespace() -> Result<()> {
     let mut cluster = Cluster::up(&Plan::default(), Family::V4)?;
     checks::all_reach_all(&cluster.lab)?;
     let mut second = vec![];
@@ -23,7 +23,7 @@ fn several_agents_live_side_by_side_in_one_namespace() -> Result<()> {
     for agent in &mut second {
         agent.start()?;
     }
-    // The nodes' own addresses on the second overlay; the first goes on as before.
+    // Pings between the nodes' addresses on the second overlay; the first overlay is not disturbed.
     let ping = "ping -n -c 3 -i 0.1 -W 2 10.99.1.1";
     let reached = || Ok(cluster.lab.nodes[0].ns.sh(ping).is_ok());
     checks::eventually("the second overlay works", checks::EVENT_TIMEOUT, reached)?;
@@ -39,7 +39,7 @@ fn several_agents_live_side_by_side_in_one_namespace() -> Result<()> {
 }
 
 #[test]
-fn routes_addresses_and_the_device_are_healed() -> Result<()> {
+fn routes_addresses_and_interface_are_repaired() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;
     checks::all_reach_all(&cluster.lab)?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
@@ -60,36 +60,38 @@ fn routes_addresses_and_the_device_are_healed() -> Result<()> {
         }
     }
     let link = node.ip("link show skein0")?;
-    ensure!(link.contains("mtu 1440"), "{link}");
+    ensure!(link.contains("mtu 1440"), "The MTU of skein0 is not 1440: {link}");
     checks::mixed_traffic(&cluster.lab, 1 << 20)
 }
 
 #[test]
-fn cleanup_leaves_nothing() -> Result<()> {
+fn cleanup_removes_interface_routes_and_processes() -> Result<()> {
     let mut cluster = Cluster::up(&Plan::default(), Family::V4)?;
     checks::all_reach_all(&cluster.lab)?;
     let before = cluster.agents[0].run_command(&["cleanup"])?;
-    ensure!(before.code != 0, "cleanup under a running agent: {}", before.stdout);
+    ensure!(before.code != 0, "cleanup succeeded while the agent runs: {}", before.stdout);
     checks::all_reach_all(&cluster.lab)?;
     cluster.agents[0].stop()?;
     let finished = cluster.agents[0].run_command(&["cleanup"])?;
-    ensure!(finished.code == 0, "{}", finished.stderr);
+    ensure!(finished.code == 0, "cleanup failed: {}", finished.stderr);
     let node = &cluster.lab.nodes[0].ns;
     let interfaces = node.interfaces()?;
-    ensure!(!interfaces.iter().any(|name| name == "skein0"), "{interfaces:?}");
+    let is_left = interfaces.iter().any(|name| name == "skein0");
+    ensure!(!is_left, "cleanup left the interface: {interfaces:?}");
     for routes in [node.ip("route show table all")?, node.ip("-6 route show table all")?] {
-        ensure!(!routes.contains("skein0"), "{routes}");
-        ensure!(!routes.contains("10.244.2.0/24"), "{routes}");
+        let are_left = routes.contains("skein0") || routes.contains("10.244.2.0/24");
+        ensure!(!are_left, "cleanup left routes: {routes}");
     }
-    ensure!(cluster.agents[0].dataplane_pids().is_empty(), "a data process is left");
-    // A second time there is nothing to do, which is no failure.
-    ensure!(cluster.agents[0].run_command(&["cleanup"])?.code == 0);
+    ensure!(cluster.agents[0].dataplane_pids().is_empty(), "A data process still runs.");
+    // A cleanup with nothing to remove succeeds.
+    let repeated = cluster.agents[0].run_command(&["cleanup"])?;
+    ensure!(repeated.code == 0, "A repeated cleanup failed: {}", repeated.stderr);
     cluster.agents[0].start()?;
     checks::all_reach_all(&cluster.lab)
 }
 
 #[test]
-fn the_data_process_stays_small_with_a_hundred_peers() -> Result<()> {
+fn data_process_with_100_peers_uses_less_than_64_mib() -> Result<()> {
     let mut cluster = prepared()?;
     for number in 0..100_u16 {
         let key = cluster.lab.directory().join(format!("peer-{number}.key"));
@@ -108,9 +110,10 @@ fn the_data_process_stays_small_with_a_hundred_peers() -> Result<()> {
     cluster.start()?;
     checks::mixed_traffic(&cluster.lab, 20 << 20)?;
     let report = cluster.agents[0].report()?;
-    ensure!(report["peers"].as_array().is_some_and(|peers| peers.len() == 101), "{report}");
+    let count = report["peers"].as_array().map_or(0, Vec::len);
+    ensure!(count == 101, "The report has {count} peers instead of 101.");
     let pid = *cluster.agents[0].dataplane_pids().first().context("no data process")?;
     let mebibytes = resident_bytes(pid)? >> 20;
-    ensure!(mebibytes < 64, "{mebibytes} MiB resident");
+    ensure!(mebibytes < 64, "The data process uses {mebibytes} MiB of memory.");
     Ok(())
 }

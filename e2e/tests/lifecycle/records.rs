@@ -9,12 +9,12 @@ use skein_lab::{Family, Plan, checks};
 
 use crate::start_errors::prepared;
 
-/// The node has its old address, too, until the change has taken effect: nothing but the record makes
-/// its peer use the new one, and no datagram is lost.
+/// The node keeps its old address until the change has taken effect, so that only the record makes
+/// the peer use the new address. No datagram is lost.
 #[test]
-fn a_changed_endpoint_takes_effect_without_loss() -> Result<()> {
+fn changed_endpoint_takes_effect_without_loss() -> Result<()> {
     let mut cluster = prepared()?;
-    // B listens on every address that it has or will have.
+    // Node b listens on all addresses, those that are added later included.
     let any = vec!["0.0.0.0".to_owned()];
     cluster.agents[1].set("underlay.addresses", any);
     cluster.start()?;
@@ -43,9 +43,9 @@ fn a_changed_endpoint_takes_effect_without_loss() -> Result<()> {
     checks::reaches(a, b, Family::V4)
 }
 
-/// All records in one file instead of a file each, written in place or replaced.
+/// All records are in one file, which is written in place or replaced.
 #[test]
-fn one_file_of_records_is_followed() -> Result<()> {
+fn changes_of_a_single_records_file_take_effect() -> Result<()> {
     let mut cluster = prepared()?;
     let records: Vec<Record> = cluster.agents.iter().map(|a| a.record.clone()).collect();
     let file = cluster.lab.directory().join("nodes.toml");
@@ -75,7 +75,7 @@ fn one_file_of_records_is_followed() -> Result<()> {
 }
 
 #[test]
-fn a_bad_record_while_running_is_reported_and_changes_nothing() -> Result<()> {
+fn invalid_record_at_run_time_is_reported_and_ignored() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;
     checks::all_reach_all(&cluster.lab)?;
     let path = cluster.agents[0].records_directory().join("node-b.toml");
@@ -83,6 +83,6 @@ fn a_bad_record_while_running_is_reported_and_changes_nothing() -> Result<()> {
     thread::sleep(Duration::from_millis(1500));
     checks::all_reach_all(&cluster.lab)?;
     let log = fs::read_to_string(cluster.agents[0].log())?;
-    ensure!(log.contains("node-b.toml"), "the log does not name the file");
+    ensure!(log.contains("node-b.toml"), "The log does not name the file.");
     Ok(())
 }

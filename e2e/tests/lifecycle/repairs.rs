@@ -9,8 +9,8 @@ use skein_lab::cni::Runtime;
 use skein_lab::load::ping::{Ping, ping};
 use skein_lab::{Family, Lab, Netns, Plan};
 
-/// Time limit of a repair by the agent's timer.
-const TIMED: Duration = Duration::from_secs(15);
+/// Maximum time of a repair by the agent's timer.
+const TIMED_REPAIR_TIMEOUT: Duration = Duration::from_secs(15);
 
 fn setting(ns: &Netns, key: &str) -> Result<String> {
     Ok(ns.sh(&format!("cat /proc/sys/net/{key}"))?.trim().to_owned())
@@ -42,28 +42,30 @@ fn foreign_route_is_a_conflict_of_one_peer() -> Result<()> {
     let mut cluster = Cluster::prepare(Lab::new(&plan)?, Family::V4)?;
     let foreign = "route add 10.244.2.0/24 dev eth0";
     cluster.lab.nodes[0].ns.ip(foreign)?;
-    // It waits until every agent is ready.
+    // `start` waits until every agent is ready.
     cluster.start()?;
     reached(&cluster, 0, 2)?;
     let agent = &cluster.agents[0];
     let status = agent.status()?;
-    ensure!(status["ready"] == true, "the node is not ready: {}", status["reasons"]);
+    ensure!(status["ready"] == true, "The node is not ready: {}", status["reasons"]);
     let conflicts = &status["interface"]["conflicts"];
-    ensure!(conflicts.as_array().is_some_and(|all| all.len() == 1), "{conflicts}");
+    let is_single = conflicts.as_array().is_some_and(|all| all.len() == 1);
+    ensure!(is_single, "There is not exactly one conflict: {conflicts}");
     ensure!(conflicts[0]["peer"] == "node-b" && conflicts[0]["prefix"] == "10.244.2.0/24");
     let metric = || Ok::<_, anyhow::Error>(agent.metrics()?.sum("skein_route_conflicts", &[]));
-    ensure!(metric()? == 1.0, "{} conflicts are counted", metric()?);
+    ensure!(metric()? == 1.0, "{} conflicts are counted instead of 1.", metric()?);
     let text = agent.run_command(&["status", "--interval", "0"])?.stdout;
     ensure!(text.contains("node-b: ") && text.contains("another program has one"), "{text}");
     // The other family of that peer, and every other peer, are not affected.
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
     checks::wait_until_reached(a, b, Family::V6, checks::EVENT_TIMEOUT)?;
     cluster.lab.nodes[0].ns.ip(&foreign.replace("add", "del"))?;
-    checks::wait_until_reached(a, b, Family::V4, TIMED)?;
-    checks::eventually("the conflict is over", TIMED, || Ok(metric()? == 0.0)).map(drop)
+    checks::wait_until_reached(a, b, Family::V4, TIMED_REPAIR_TIMEOUT)?;
+    let is_resolved = || Ok(metric()? == 0.0);
+    checks::eventually("the conflict is resolved", TIMED_REPAIR_TIMEOUT, is_resolved).map(drop)
 }
 
-/// Names of the TUN devices of an agent.
+/// Returns the names of the TUN devices of an agent.
 fn devices(cluster: &Cluster, agent: &Agent) -> Result<Vec<String>> {
     let text = cluster.lab.nodes[0].ns.ip("-o -details link show type tun")?;
     let mark = format!("skein:{}", agent.record.name);
@@ -101,9 +103,9 @@ fn renamed_interface_leaves_no_orphan() -> Result<()> {
     cluster.agents[0].stop()?;
     rename(&cluster, "skein7", "elsewhere")?;
     let cleaned = cluster.agents[0].run_command(&["cleanup"])?;
-    ensure!(cleaned.code == 0, "{cleaned:?}");
+    ensure!(cleaned.code == 0, "cleanup failed: {cleaned:?}");
     let left = devices(&cluster, &cluster.agents[0])?;
-    ensure!(left.is_empty(), "cleanup leaves {left:?}");
+    ensure!(left.is_empty(), "cleanup left these devices: {left:?}");
     Ok(())
 }
 
@@ -131,16 +133,16 @@ fn address_on_loopback_is_no_source_for_own_pods() -> Result<()> {
     };
     for family in Family::BOTH {
         let found = source(ns, a.address(family))?;
-        ensure!(found == own(family), "a program of the node sends from {found}");
+        ensure!(found == own(family), "A program of the node sends from {found}.");
         let answers = ping(ns, a.address(family), Ping::default())?;
-        ensure!(answers.complete(), "{}", answers.text);
+        ensure!(answers.complete(), "Not every ping was answered: {}", answers.text);
     }
     // The kernel removes routes together with their source address: pods must stay reachable.
     ns.ip("link del skein0")?;
     for family in Family::BOTH {
         let answers = ping(&a.ns, b.address(family), Ping { count: 20, ..Ping::default() })?;
-        ensure!(answers.complete(), "pods of one node lost packets: {}", answers.text);
-        checks::eventually("the source is back", TIMED, || {
+        ensure!(answers.complete(), "Pods of one node lost packets: {}", answers.text);
+        checks::eventually("the source is back", TIMED_REPAIR_TIMEOUT, || {
             Ok(source(ns, a.address(family))? == own(family))
         })?;
     }

@@ -1,4 +1,4 @@
-//! What a host has too little of: descriptors, CPU, memory, room in buffers and on disks.
+//! Scarce resources of a host: descriptors, CPU, memory, socket buffers, disk space.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -17,7 +17,7 @@ use skein_lab::process::resident_bytes;
 use skein_lab::{Family, Lab, Offloads, Plan};
 
 #[test]
-fn others_that_want_the_whole_cpu_cost_time_and_no_packet() -> Result<()> {
+fn busy_cpu_loses_no_packet() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;
     checks::all_reach_all(&cluster.lab)?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
@@ -40,18 +40,18 @@ fn others_that_want_the_whole_cpu_cost_time_and_no_packet() -> Result<()> {
         done
     })?;
     println!(
-        "two busy threads a core beside it: {} of {} pings answered, in {:.1} ms; 64 MiB took {:.1} s",
+        "with two busy threads per core: {} of {} pings answered, in {:.1} ms; 64 MiB took {:.1} s",
         answers.received,
         answers.sent,
         answers.mean_ms.unwrap_or_default(),
         received.seconds
     );
-    ensure!(answers.complete(), "{}", answers.text);
+    ensure!(answers.complete(), "Not every ping was answered: {}", answers.text);
     Ok(())
 }
 
 #[test]
-fn without_descriptors_to_spare_traffic_goes_on() -> Result<()> {
+fn traffic_continues_without_free_descriptors() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;
     checks::all_reach_all(&cluster.lab)?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
@@ -65,24 +65,25 @@ fn without_descriptors_to_spare_traffic_goes_on() -> Result<()> {
         Ok(())
     };
     limit(4)?;
-    ensure!(agent.http("/healthz").is_err(), "the limit has no effect");
+    ensure!(agent.http("/healthz").is_err(), "The limit has no effect.");
     let requests = Ping { count: 100, interval_ms: 10, ..Ping::default() };
     let answers = ping(&a.ns, b.address(Family::V4), requests)?;
-    ensure!(answers.complete(), "{}", answers.text);
+    ensure!(answers.complete(), "Not every ping was answered: {}", answers.text);
     checks::transfer(a, b, Family::V4, 32 << 20)?;
     limit(1024)?;
-    checks::eventually("it answers again", checks::EVENT_TIMEOUT, || {
+    checks::eventually("the agent answers again", checks::EVENT_TIMEOUT, || {
         Ok(agent.http("/metrics").is_ok_and(|answer| answer.status == 200))
     })?;
     let complaints = fs::read_to_string(agent.log())?.matches("cannot accept").count();
-    println!("without descriptors for seconds: {complaints} lines in the log say so");
-    ensure!((1..=3).contains(&complaints), "{complaints} lines");
+    println!("the log has {complaints} lines about missing descriptors");
+    ensure!((1..=3).contains(&complaints), "The log has {complaints} lines instead of 1 to 3.");
     checks::all_reach_all(&cluster.lab)
 }
 
-/// The smallest buffer that can be configured: what comes in a burst is lost, counted, and sent again by TCP.
+/// With the smallest receive buffer that can be configured, datagrams of a burst are lost and
+/// counted, and TCP retransmits them.
 #[test]
-fn a_starved_receive_buffer_loses_counts_and_recovers() -> Result<()> {
+fn losses_of_a_small_receive_buffer_are_counted() -> Result<()> {
     let plan = Plan { offloads: Offloads::Wire, ..Plan::default() };
     let mut cluster = Cluster::prepare(Lab::new(&plan)?, Family::V4)?;
     cluster.agents[1].set("underlay.receive_buffer", 64 << 10);
@@ -96,17 +97,19 @@ fn a_starved_receive_buffer_loses_counts_and_recovers() -> Result<()> {
     let metrics = cluster.agents[1].metrics()?;
     let lost = metrics.sum("skein_receive_queue_overflow_total", &[]);
     println!(
-        "a receive buffer of 64 KiB: {} of {} gentle pings answered; 4 MiB took {:.1} s in (standing \
-         for {:.1} s at most) and {:.1} s out; the kernel dropped {lost} datagrams, and that is counted",
+        "receive buffer of 64 KiB: {} of {} slow pings answered; 4 MiB took {:.1} s to the node \
+         (longest interruption {:.1} s) and {:.1} s from the node; {lost} dropped datagrams counted",
         answers.received, answers.sent, received.seconds, received.longest_pause, back.seconds
     );
-    ensure!(answers.complete(), "{}", answers.text);
-    ensure!(lost > 0.0, "nothing was lost");
-    ensure!(metrics.sum("skein_peers", &["state=\"unreachable\""]) == 0.0, "the peer is away");
-    ensure!(metrics.sum("skein_narrow_paths", &[]) == 0.0, "taken for a narrow path");
+    ensure!(answers.complete(), "Not every ping was answered: {}", answers.text);
+    ensure!(lost > 0.0, "No datagram was lost, so the buffer was not too small.");
+    let unreachable = metrics.sum("skein_peers", &["state=\"unreachable\""]);
+    ensure!(unreachable == 0.0, "The losses made the peer unreachable.");
+    let reduced = metrics.sum("skein_narrow_paths", &[]);
+    ensure!(reduced == 0.0, "The losses reduced the path MTU.");
 
     let code = cluster.agents[1].stop()?;
-    ensure!(code == 0, "the agent ended with code {code}");
+    ensure!(code == 0, "The agent ended with code {code}.");
     cluster.agents[1].set("underlay.receive_buffer", 8 << 20);
     cluster.agents[1].start()?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
@@ -116,9 +119,10 @@ fn a_starved_receive_buffer_loses_counts_and_recovers() -> Result<()> {
     Ok(())
 }
 
-/// The kernel kills what exceeds its cgroup's limit: the keeper, which is in another, starts the next one.
+/// The kernel kills a data process that exceeds the memory limit of its cgroup; the keeper, which is
+/// in another cgroup, restarts it.
 #[test]
-fn a_data_process_that_is_killed_for_its_memory_is_replaced() -> Result<()> {
+fn data_process_killed_for_its_memory_is_replaced() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;
     checks::all_reach_all(&cluster.lab)?;
     let agent = &cluster.agents[1];
@@ -127,22 +131,22 @@ fn a_data_process_that_is_killed_for_its_memory_is_replaced() -> Result<()> {
     let used = resident_bytes(pid)?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
     let limit = MemoryLimit::new(cluster.lab.nodes[1].ns.name(), pid, 128 << 10)?;
-    // It touches more of its buffers as more is under way at once.
+    // A transfer at full speed makes the data process use more of its buffers.
     let to = (b.address(Family::V4), 7000).into();
     let transfer = Transfer::start(&a.ns, &b.ns, to, 200 << 20, None)?;
-    let took = checks::eventually("it is killed and replaced", Duration::from_secs(20), || {
+    let took = checks::eventually("the data process is replaced", Duration::from_secs(20), || {
         Ok(!agent.dataplane_pids().contains(&pid) && agent.report().is_ok())
     })?;
     let kills = limit.kills()?;
     let received = transfer.join()?;
     println!(
-        "a data process of {:.1} MiB that may touch 128 KiB more: killed by the kernel ({kills} times) and \
-         replaced {:.1} s later; the transfer stood for {:.0} ms at most",
+        "data process of {:.1} MiB with a limit 128 KiB higher: killed by the kernel {kills} times, \
+         replaced after {:.1} s; longest interruption of the transfer {:.0} ms",
         used as f64 / f64::from(1 << 20),
         took.as_secs_f64(),
         received.longest_pause * 1e3
     );
-    ensure!(kills > 0, "the kernel has killed nothing");
+    ensure!(kills > 0, "The kernel killed no process.");
     ensure!(
         received.longest_pause < checks::MAX_INTERRUPTION,
         "The transfer was interrupted for {} s.",
@@ -151,13 +155,14 @@ fn a_data_process_that_is_killed_for_its_memory_is_replaced() -> Result<()> {
     checks::all_reach_all(&cluster.lab)
 }
 
-/// The state directory on a disk that is full: what is kept there is late, and nothing else.
+/// The state directory is on a full disk: state cannot be stored, but traffic and changes of records
+/// are not affected.
 #[test]
-fn a_full_disk_stops_no_traffic() -> Result<()> {
+fn full_disk_does_not_stop_traffic() -> Result<()> {
     let mut cluster = Cluster::prepare(Lab::new(&Plan::default())?, Family::V4)?;
     let state = cluster.agents[0].state_directory();
     fs::create_dir_all(&state)?;
-    // In the mount namespace of each of its commands.
+    // Each process of the agent mounts it in its own mount namespace.
     let mount = format!("mount -t tmpfs -o size=64k,mode=0700 none {}", state.display());
     cluster.agents[0].prelude = Some(mount);
     cluster.start()?;
@@ -166,7 +171,7 @@ fn a_full_disk_stops_no_traffic() -> Result<()> {
     let pid = agents[0].control_pid().context("no agent")?;
     let inside = format!("/proc/{pid}/root{}/rubbish", state.display());
     let full = fs::write(&inside, vec![0; 1 << 20]).err().context("the disk is not full")?;
-    ensure!(full.kind() == ErrorKind::StorageFull, "{full}");
+    ensure!(full.kind() == ErrorKind::StorageFull, "The write failed for another reason: {full}");
 
     let (a, b) = (lab.pod(0), lab.pod(1));
     let to = (b.address(Family::V4), 7000).into();
@@ -176,15 +181,15 @@ fn a_full_disk_stops_no_traffic() -> Result<()> {
     let pid = killed.first().and_then(|pid| Pid::from_raw(*pid)).context("no data process")?;
     kill_process(pid, Signal::KILL)?;
     let received = transfer.join()?;
-    // Records take effect, though the last good ones cannot be kept.
+    // Changed records take effect, although the last good records cannot be stored.
     agents[0].remove_record(&agents[1].record.name)?;
     let cut = || Ok(checks::does_not_reach(a, b, Family::V4).is_ok());
     checks::eventually("a removed node is cut off", checks::EVENT_TIMEOUT, cut)?;
     agents[0].put_record(&agents[1].record)?;
     let back = checks::wait_until_reached(a, b, Family::V4, checks::EVENT_TIMEOUT)?;
     println!(
-        "the disk of the state directory full: the transfer stood for {:.0} ms at most, with the data \
-         process killed meanwhile; a record that came back was in force after {:.1} s",
+        "full disk of the state directory, data process killed: longest interruption of the \
+         transfer {:.0} ms; a record that was added again was active after {:.1} s",
         received.longest_pause * 1e3,
         back.as_secs_f64()
     );
@@ -193,7 +198,7 @@ fn a_full_disk_stops_no_traffic() -> Result<()> {
         "The transfer was interrupted for {} s.",
         received.longest_pause
     );
-    ensure!(agents[0].http("/readyz")?.status == 200, "it is not ready");
+    ensure!(agents[0].http("/readyz")?.status == 200, "The agent is not ready.");
     fs::remove_file(&inside)?;
     checks::all_reach_all(lab)
 }

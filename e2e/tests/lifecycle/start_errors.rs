@@ -8,21 +8,23 @@ use skein_lab::agent::{Agent, Cluster, binary};
 use skein_lab::process::{self, Finished};
 use skein_lab::{Family, Lab, Plan};
 
-/// An agent that is prepared and not started.
+/// Prepares two nodes whose agents are not started.
 pub(super) fn prepared() -> Result<Cluster> {
     Cluster::prepare(Lab::new(&Plan::default())?, Family::V4)
 }
 
-/// It ends soon with this code and says these words; nothing is left in the node.
+/// Checks that the agent ended with `code`, that its error contains `words`, and that no interface
+/// and no process is left on the node.
 fn refuses(cluster: &Cluster, finished: &Finished, code: i32, words: &[&str]) -> Result<()> {
     let said = &finished.stderr;
-    ensure!(finished.code == code, "exit code {} instead of {code}: {said}", finished.code);
+    ensure!(finished.code == code, "The exit code is {}, not {code}: {said}", finished.code);
     for word in words {
-        ensure!(said.contains(word), "{word:?} is not in: {said}");
+        ensure!(said.contains(word), "The error does not contain {word:?}: {said}");
     }
     let interfaces = cluster.lab.nodes[0].ns.interfaces()?;
-    ensure!(!interfaces.iter().any(|name| name == "skein0"), "left behind: {interfaces:?}");
-    ensure!(cluster.agents[0].dataplane_pids().is_empty(), "a data process is left behind");
+    let is_left = interfaces.iter().any(|name| name == "skein0");
+    ensure!(!is_left, "The interface was not removed: {interfaces:?}");
+    ensure!(cluster.agents[0].dataplane_pids().is_empty(), "A data process still runs.");
     Ok(())
 }
 
@@ -31,7 +33,7 @@ fn run(agent: &Agent) -> Result<Finished> {
 }
 
 #[test]
-fn an_unknown_key_is_named() -> Result<()> {
+fn unknown_configuration_key_is_named() -> Result<()> {
     let mut cluster = prepared()?;
     cluster.agents[0].set("underlay.prot", 51900);
     refuses(&cluster, &run(&cluster.agents[0])?, 2, &["prot", "agent.toml"])
@@ -64,7 +66,7 @@ fn bad_keys_are_named() -> Result<()> {
 }
 
 #[test]
-fn a_used_port_is_named() -> Result<()> {
+fn port_in_use_is_named() -> Result<()> {
     let cluster = prepared()?;
     let node = &cluster.lab.nodes[0];
     let address = (node.underlay(Family::V4), skein_lab::agent::PORT);
@@ -73,30 +75,31 @@ fn a_used_port_is_named() -> Result<()> {
 }
 
 #[test]
-fn an_address_of_another_machine_is_named() -> Result<()> {
+fn address_of_another_machine_is_named() -> Result<()> {
     let mut cluster = prepared()?;
     cluster.agents[0].set("underlay.addresses", vec!["198.51.100.7".to_owned()]);
     let finished = run(&cluster.agents[0])?;
-    ensure!(finished.code != 0, "it ended with code 0");
+    ensure!(finished.code != 0, "The agent ended with code 0.");
     refuses(&cluster, &finished, finished.code, &["198.51.100.7"])
 }
 
 #[test]
-fn another_programs_interface_is_left_alone() -> Result<()> {
+fn interface_of_another_program_is_not_changed() -> Result<()> {
     let cluster = prepared()?;
     let node = &cluster.lab.nodes[0].ns;
     node.ip("link add skein0 type bridge")?;
     let finished = run(&cluster.agents[0])?;
-    ensure!(finished.code == 5, "exit code {}: {}", finished.code, finished.stderr);
-    ensure!(finished.stderr.contains("skein0"), "{}", finished.stderr);
+    let (code, error) = (finished.code, finished.stderr);
+    ensure!(code == 5, "The exit code is {code} instead of 5: {error}");
+    ensure!(error.contains("skein0"), "The error does not name the interface: {error}");
     let link = node.ip("-d link show skein0")?;
-    ensure!(link.contains("bridge"), "the interface was changed: {link}");
-    ensure!(cluster.agents[0].dataplane_pids().is_empty(), "a data process is left behind");
+    ensure!(link.contains("bridge"), "The interface was changed: {link}");
+    ensure!(cluster.agents[0].dataplane_pids().is_empty(), "A data process still runs.");
     Ok(())
 }
 
 #[test]
-fn a_missing_tun_device_is_named() -> Result<()> {
+fn missing_tun_device_is_named() -> Result<()> {
     let cluster = prepared()?;
     let config = cluster.agents[0].write_config()?;
     let mut command = cluster.lab.nodes[0].ns.command("unshare");
@@ -107,7 +110,7 @@ fn a_missing_tun_device_is_named() -> Result<()> {
 }
 
 #[test]
-fn a_missing_privilege_is_named() -> Result<()> {
+fn missing_capability_is_named() -> Result<()> {
     let cluster = prepared()?;
     let config = cluster.agents[0].write_config()?;
     let mut command = cluster.lab.nodes[0].ns.command("setpriv");

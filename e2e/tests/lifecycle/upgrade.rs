@@ -13,10 +13,10 @@ use skein_lab::load::ping::{Loss, Pings};
 use skein_lab::load::transfer::Transfer;
 use skein_lab::{Family, Lab, Plan};
 
-/// Interval of the pings.
-const INTERVAL: Duration = Duration::from_millis(5);
+/// Interval between two pings.
+const PING_INTERVAL: Duration = Duration::from_millis(5);
 /// Maximum time without packets after the death of any process.
-const MAX_SILENCE: Duration = Duration::from_secs(10);
+const MAX_OUTAGE: Duration = Duration::from_secs(10);
 
 /// Creates a node whose agent and data plane belong to a pod, and an ordinary node.
 fn cluster() -> Result<(Instance, Cluster)> {
@@ -30,11 +30,11 @@ fn cluster() -> Result<(Instance, Cluster)> {
     Ok((pod, cluster))
 }
 
-/// Pings from one pod to the other while `work` runs.
+/// Pings from one pod to the other every 5 ms while `work` runs, and returns the losses.
 fn pinged_while(cluster: &Cluster, work: impl FnOnce() -> Result<()>) -> Result<Loss> {
     let (from, to) = (cluster.lab.pod(0), cluster.lab.pod(1));
     let log = tempfile::NamedTempFile::new()?;
-    let pings = Pings::start(&from.ns, to.address(Family::V4), INTERVAL, log.path())?;
+    let pings = Pings::start(&from.ns, to.address(Family::V4), PING_INTERVAL, log.path())?;
     thread::sleep(Duration::from_millis(200));
     work()?;
     pings.end()
@@ -57,50 +57,53 @@ fn upgrade_by_a_second_pod_loses_no_packet() -> Result<()> {
     let loss = pinged_while(&cluster, || {
         let next = new.insert(Instance::start(&cluster.agents[0], "pod-1")?);
         next.wait_ready()?;
-        ensure!(next.has_dataplane() && !old.has_dataplane(), "the data plane was not taken over");
+        ensure!(next.has_dataplane() && !old.has_dataplane(), "The data plane was not taken over.");
         let held = old.probe(true)?;
-        ensure!(held.code == 0, "a pod that holds is not ready: {}", held.stderr);
-        ensure!(old.probe_dataplane()?.code == 0, "an idle data plane is not well");
-        ensure!(next.probe_dataplane()?.code == 0, "an active data plane is not well");
+        ensure!(held.code == 0, "The pod that was replaced is not ready: {}", held.stderr);
+        ensure!(old.probe_dataplane()?.code == 0, "The probe of the idle data plane fails.");
+        ensure!(next.probe_dataplane()?.code == 0, "The probe of the active data plane fails.");
         old.delete();
         thread::sleep(Duration::from_millis(500));
         Ok(())
     })?;
     let received = transfer.join()?;
-    println!("upgrade: {loss}; the transfer paused for {:.0} ms", received.longest_pause * 1e3);
-    ensure!(loss.lost == 0, "{loss}");
+    let pause = received.longest_pause * 1e3;
+    println!("upgrade: {loss}; longest interruption of the transfer {pause:.0} ms");
+    ensure!(loss.lost == 0, "Packets were lost: {loss}");
     ensure!(
         received.longest_pause < checks::MAX_INTERRUPTION,
         "The transfer was interrupted for {} s.",
         received.longest_pause
     );
-    ensure!(handshakes(&cluster, 1)? == before, "the sessions were not taken over");
+    ensure!(handshakes(&cluster, 1)? == before, "The sessions were not taken over.");
     let new = new.context("no pod")?;
-    ensure!(new.probe(true)?.code == 0, "{}", new.log_tail());
+    ensure!(new.probe(true)?.code == 0, "The new pod is not ready: {}", new.log_tail());
     Ok(())
 }
 
-/// Times from the start of the new pod to its end, milliseconds.
-const MOMENTS: [u64; 14] = [0, 20, 40, 60, 80, 100, 130, 170, 220, 300, 450, 700, 1500, 3000];
+/// Times from the start of the new pod to its deletion, milliseconds.
+const DELETION_DELAYS_MS: [u64; 14] =
+    [0, 20, 40, 60, 80, 100, 130, 170, 220, 300, 450, 700, 1500, 3000];
 
 #[test]
 fn pod_deleted_at_any_moment_leaves_the_old_one() -> Result<()> {
     let (old, cluster) = cluster()?;
-    for moment in MOMENTS {
+    for delay in DELETION_DELAYS_MS {
         let loss = pinged_while(&cluster, || {
-            let mut new = Instance::start(&cluster.agents[0], &format!("new-{moment}"))?;
-            thread::sleep(Duration::from_millis(moment));
+            let mut new = Instance::start(&cluster.agents[0], &format!("new-{delay}"))?;
+            thread::sleep(Duration::from_millis(delay));
             let took_over = new.has_dataplane();
             new.delete();
             old.wait_ready()?;
-            ensure!(old.has_dataplane(), "{}", old.log_tail());
-            println!("deleted after {moment} ms, took over: {took_over}");
+            ensure!(old.has_dataplane(), "The old pod has no data plane: {}", old.log_tail());
+            println!("deleted after {delay} ms, took over: {took_over}");
             thread::sleep(Duration::from_millis(300));
             Ok(())
         })?;
-        println!("deleted after {moment} ms: {loss}");
-        // Packets that a killed data process has received are lost with it.
-        ensure!(loss.lost <= 2, "deleted after {moment} ms: {loss}\n{}", old.log_tail());
+        println!("deleted after {delay} ms: {loss}");
+        // Packets that a killed data process has received and not sent are lost.
+        let log = || old.log_tail();
+        ensure!(loss.lost <= 2, "Deletion after {delay} ms lost packets: {loss}\n{}", log());
     }
     Ok(())
 }
@@ -116,18 +119,18 @@ fn upgrades_in_quick_succession_lose_no_packet() -> Result<()> {
             let third = Instance::start(&cluster.agents[0], &format!("third-{number}"))?;
             second.delete();
             third.wait_ready()?;
-            ensure!(third.has_dataplane(), "{}", third.log_tail());
+            ensure!(third.has_dataplane(), "The third pod has no data plane: {}", third.log_tail());
             std::mem::replace(&mut old, third).delete();
             thread::sleep(Duration::from_millis(300));
             Ok(())
         })?;
         println!("two upgrades {delay} s apart: {loss}");
-        ensure!(loss.lost <= 2, "{delay} s apart: {loss}");
+        ensure!(loss.lost <= 2, "Two upgrades {delay} s apart lost packets: {loss}");
     }
     old.wait_ready()
 }
 
-/// A process of two pods, of which the second has taken over.
+/// A container that a test kills: index of its pod, of which the second has taken over, and its kind.
 type Victim = (usize, Container);
 
 const VICTIMS: [Victim; 4] = [
@@ -154,7 +157,7 @@ fn orders() -> Vec<[Victim; 4]> {
 
 /// Restarts each container that has ended, as kubelet does.
 #[test]
-fn deaths_in_every_order_cost_less_than_a_second() -> Result<()> {
+fn deaths_in_every_order_cause_a_bounded_outage() -> Result<()> {
     let (mut old, cluster) = cluster()?;
     let mut worst = Duration::ZERO;
     for (number, order) in orders().into_iter().enumerate() {
@@ -172,7 +175,11 @@ fn deaths_in_every_order_cost_less_than_a_second() -> Result<()> {
         })?;
         println!("{order:?}: {loss}");
         let logs = || format!("{}\n---\n{}", pods[0].log_tail(), pods[1].log_tail());
-        ensure!(loss.longest <= MAX_SILENCE, "{order:?}: {loss}\n{}", logs());
+        ensure!(
+            loss.longest <= MAX_OUTAGE,
+            "{order:?}: The outage was too long: {loss}\n{}",
+            logs()
+        );
         worst = worst.max(loss.longest);
         // The pod that has the data plane is the next old one.
         let ready = |pods: &[Instance; 2]| -> Result<Option<usize>> {
@@ -184,8 +191,12 @@ fn deaths_in_every_order_cost_less_than_a_second() -> Result<()> {
             Ok(None)
         };
         let is_ready = || Ok(ready(&pods)?.is_some());
-        checks::eventually("one pod has everything", Duration::from_secs(20), is_ready)
-            .with_context(logs)?;
+        checks::eventually(
+            "one pod is ready with the data plane",
+            Duration::from_secs(20),
+            is_ready,
+        )
+        .with_context(logs)?;
         let [first, second] = pods;
         let (mut gone, kept) =
             if first.has_dataplane() { (second, first) } else { (first, second) };
@@ -197,9 +208,9 @@ fn deaths_in_every_order_cost_less_than_a_second() -> Result<()> {
     Ok(())
 }
 
-/// Both containers of a pod, both agents, both data planes.
+/// Two containers are killed at the same time, in all six combinations.
 #[test]
-fn deaths_at_once_cost_less_than_a_second() -> Result<()> {
+fn simultaneous_deaths_cause_a_bounded_outage() -> Result<()> {
     let (mut old, cluster) = cluster()?;
     let pairs: [[usize; 2]; 6] = [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]];
     for (number, pair) in pairs.into_iter().enumerate() {
@@ -214,7 +225,7 @@ fn deaths_at_once_cost_less_than_a_second() -> Result<()> {
             Ok(())
         })?;
         println!("{victims:?}: {loss}");
-        ensure!(loss.longest <= MAX_SILENCE, "{victims:?}: {loss}");
+        ensure!(loss.longest <= MAX_OUTAGE, "{victims:?}: The outage was too long: {loss}");
         let [mut first, second] = pods;
         first.delete();
         old = second;
@@ -226,7 +237,7 @@ fn deaths_at_once_cost_less_than_a_second() -> Result<()> {
 #[test]
 fn wrong_configuration_takes_nothing_over() -> Result<()> {
     let (mut old, mut cluster) = cluster()?;
-    // Another program's port.
+    // A port that another program uses.
     let port: SocketAddr = "127.0.0.1:10250".parse()?;
     let _other = cluster.lab.nodes[0].ns.run(move || TcpListener::bind(port))??;
     let right = cluster.agents[0].config.clone();
@@ -246,37 +257,43 @@ fn wrong_configuration_takes_nothing_over() -> Result<()> {
         cluster.agents[0].set(key, value);
         let loss = pinged_while(&cluster, || {
             let mut new = Instance::start(&cluster.agents[0], name)?;
-            let tells = || -> Result<bool> {
+            let is_reported = || -> Result<bool> {
                 let said = new.probe(true)?.stderr;
                 Ok(said.contains(reason) || new.log()?.contains(reason))
             };
-            checks::eventually(name, Duration::from_secs(10), tells)
+            checks::eventually(name, Duration::from_secs(10), is_reported)
                 .with_context(|| new.log_tail())?;
             thread::sleep(Duration::from_secs(1));
-            ensure!(new.exited(Container::Agent) == code, "{name}: {}", new.log_tail());
-            ensure!(new.exited(Container::Dataplane).is_none(), "{name}: {}", new.log_tail());
-            ensure!(new.probe(true)?.code != 0, "{name}: it is ready");
+            let ended = new.exited(Container::Agent);
+            ensure!(ended == code, "{name}: The agent's exit is {ended:?}: {}", new.log_tail());
+            let is_running = new.exited(Container::Dataplane).is_none();
+            ensure!(is_running, "{name}: The data plane has ended: {}", new.log_tail());
+            ensure!(new.probe(true)?.code != 0, "{name}: The new pod is ready.");
             if code.is_none() {
                 let said = new.probe(true)?.stderr;
-                ensure!(said.contains(reason), "{name}: the probe says {said}");
-                ensure!(new.probe(false)?.code == 0, "{name}: it is not alive");
+                ensure!(
+                    said.contains(reason),
+                    "{name}: The probe does not name the reason: {said}"
+                );
+                ensure!(new.probe(false)?.code == 0, "{name}: The liveness probe fails.");
             }
-            ensure!(!new.has_dataplane() && old.has_dataplane(), "{name}: took the data plane");
-            let well = old.probe(true)?;
-            ensure!(well.code == 0, "{name}: the old pod is not ready: {}", well.stderr);
+            let is_kept = !new.has_dataplane() && old.has_dataplane();
+            ensure!(is_kept, "{name}: The new pod took over the data plane.");
+            let probe = old.probe(true)?;
+            ensure!(probe.code == 0, "{name}: The old pod is not ready: {}", probe.stderr);
             new.delete();
             thread::sleep(Duration::from_millis(300));
             Ok(())
         })?;
         println!("{name}: {loss}");
-        ensure!(loss.lost == 0, "{name}: {loss}");
+        ensure!(loss.lost == 0, "{name}: Packets were lost: {loss}");
         let log = old.log()?;
         ensure!(
             !log.contains("handing over to another agent"),
-            "{name}: the old agent gave way: {log}"
+            "{name}: The old agent handed over: {log}"
         );
         let started = log.matches("started a data process").count();
-        ensure!(started == 1, "{name}: the data plane was handed over: {log}");
+        ensure!(started == 1, "{name}: {started} data processes were started: {log}");
     }
     ensure!(old.exited(Container::Agent).is_none() && old.exited(Container::Dataplane).is_none());
     Ok(())
@@ -291,12 +308,13 @@ fn waiting_pod_takes_over_when_records_fit() -> Result<()> {
     cluster.agents[0].set("cluster_cidrs", vec![record, "fd00::/8".into()]);
     let new = Instance::start(&cluster.agents[0], "pod-1")?;
     let waits = || Ok(new.probe(true)?.stderr.contains("would refuse"));
-    checks::eventually("it waits", Duration::from_secs(10), waits)?;
+    checks::eventually("the new pod waits", Duration::from_secs(10), waits)?;
     cluster.agents[0].remove_record(&other)?;
     new.wait_ready()?;
     old.delete();
     let start = Instant::now();
     new.wait_ready()?;
-    ensure!(new.has_dataplane(), "{:?}: {}", start.elapsed(), new.log_tail());
+    let took = start.elapsed();
+    ensure!(new.has_dataplane(), "No data plane after {took:?}: {}", new.log_tail());
     Ok(())
 }
