@@ -6,8 +6,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net as std_net;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use skein_ipc::log_limit::LogLimit;
 use skein_sys::socket::{FileId, file_id, make_directory};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{UnixListener, UnixStream};
@@ -19,6 +20,9 @@ use crate::lifecycle::{NotReady, Readiness};
 /// Maximum number of connections that wait for accept(2). The kernel limits it to
 /// `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
+
+/// Delay after a failed accept, because descriptors are not released at once.
+pub(crate) const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 
 /// Interval at which the path is compared with the socket by lstat(2). inotify does not notice that
 /// a directory is replaced, and the number of inotify instances is small
@@ -38,6 +42,7 @@ pub struct Listener {
     checks: Interval,
     readiness: Option<Readiness>,
     lost: Option<Lost>,
+    failures: LogLimit,
 }
 
 /// State while the path does not refer to the socket.
@@ -63,19 +68,33 @@ impl Listener {
         let mut checks = interval(CHECK_INTERVAL);
         checks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let file = file_id(path);
-        Ok(Self { key, path: path.to_owned(), socket, file, checks, readiness, lost: None })
+        Ok(Self {
+            key,
+            path: path.to_owned(),
+            socket,
+            file,
+            checks,
+            readiness,
+            lost: None,
+            failures: LogLimit::default(),
+        })
     }
 
-    /// Waits for a connection.
-    ///
-    /// # Errors
-    /// The error of accept(2), for example EMFILE. The socket remains usable.
-    pub async fn accept(&mut self) -> io::Result<UnixStream> {
+    /// Waits for a connection. After an error of accept(2), for example EMFILE, tries again.
+    pub async fn accept(&mut self) -> UnixStream {
         loop {
             tokio::select! {
                 // Connections of a socket that is about to be replaced are accepted first.
                 biased;
-                accepted = self.socket.accept() => return accepted.map(|(stream, _)| stream),
+                accepted = self.socket.accept() => match accepted {
+                    Ok((stream, _)) => return stream,
+                    Err(error) => {
+                        if let Some(suppressed) = self.failures.count(Instant::now()) {
+                            tracing::warn!(%error, suppressed, "cannot accept on {}", self.key);
+                        }
+                        tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
+                    }
+                },
                 _ = self.checks.tick() => self.check(),
             }
         }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use skein_ipc::capture::CaptureRequest;
+use skein_ipc::log_limit::LogLimit;
 use skein_ipc::{ErrorKind, HANDOVER_VERSION, Report, Request, Response, read_frame, write_frame};
 use skein_sys::link;
 use skein_sys::socket::{
@@ -180,11 +181,14 @@ pub(super) fn serve(
     changes: Arc<Changes>,
 ) {
     let open = Arc::new(AtomicUsize::new(0));
+    let mut failures = LogLimit::default();
     loop {
         let stream = match socket.accept() {
             Ok(stream) => stream,
             Err(error) => {
-                tracing::warn!(%error, "cannot accept on the control socket");
+                if let Some(suppressed) = failures.count(Instant::now()) {
+                    tracing::warn!(%error, suppressed, "cannot accept on the control socket");
+                }
                 std::thread::sleep(Duration::from_millis(100));
                 continue;
             }
@@ -204,7 +208,9 @@ pub(super) fn serve(
         let thread = std::thread::Builder::new().name("control-socket".to_owned());
         if let Err(error) = thread.spawn(connection) {
             open.fetch_sub(1, Ordering::Relaxed);
-            tracing::warn!(%error, "cannot serve a control connection");
+            if let Some(suppressed) = failures.count(Instant::now()) {
+                tracing::warn!(%error, suppressed, "cannot serve a control connection");
+            }
         }
     }
 }

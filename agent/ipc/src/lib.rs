@@ -23,6 +23,7 @@ mod codec;
 pub mod fuzzing;
 pub mod instance;
 pub mod keys;
+pub mod log_limit;
 mod message;
 mod report;
 mod settings;

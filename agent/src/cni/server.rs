@@ -50,21 +50,14 @@ pub(super) async fn serve<H: Handler>(mut listener: Listener, handler: Arc<H>) {
     loop {
         // Neither semaphore is ever closed.
         let Ok(connection) = Arc::clone(&connections).acquire_owned().await else { return };
-        match listener.accept().await {
-            Ok(stream) => {
-                let (handler, turns) = (Arc::clone(&handler), Arc::clone(&turns));
-                tokio::spawn(async move {
-                    if let Err(error) = serve_connection(&stream, &*handler, &turns).await {
-                        tracing::debug!(%error, "request of the CNI plugin not answered");
-                    }
-                    drop(connection);
-                });
+        let stream = listener.accept().await;
+        let (handler, turns) = (Arc::clone(&handler), Arc::clone(&turns));
+        tokio::spawn(async move {
+            if let Err(error) = serve_connection(&stream, &*handler, &turns).await {
+                tracing::debug!(%error, "request of the CNI plugin not answered");
             }
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept on cni.socket");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-        }
+            drop(connection);
+        });
     }
 }
 

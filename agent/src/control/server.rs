@@ -40,8 +40,6 @@ use crate::status::{Document, RotationStatus};
 
 /// Timeout of a request and its answer.
 pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
-/// Delay after a failed accept, because descriptors are not released at once.
-const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 /// Maximum length of a request body, bytes.
 const MAX_BODY: usize = 16 << 10;
 /// Name of the protocol that follows `POST /hand-over`: one byte with one descriptor (SCM_RIGHTS),
@@ -142,23 +140,16 @@ pub async fn serve(mut listener: Listener, status: StatusSource, senders: Reques
     let service = Service { status, senders };
     let router = router(service.clone());
     loop {
-        match listener.accept().await {
-            Ok(stream) => {
-                let (service, router) = (service.clone(), router.clone());
-                tokio::spawn(async move {
-                    let answered = answer(stream, service, router);
-                    match tokio::time::timeout(REQUEST_TIMEOUT, answered).await {
-                        Ok(Ok(())) => {}
-                        Ok(Err(error)) => tracing::debug!(%error, "control request failed"),
-                        Err(_) => tracing::debug!("control request timed out"),
-                    }
-                });
+        let stream = listener.accept().await;
+        let (service, router) = (service.clone(), router.clone());
+        tokio::spawn(async move {
+            let answered = answer(stream, service, router);
+            match tokio::time::timeout(REQUEST_TIMEOUT, answered).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::debug!(%error, "control request failed"),
+                Err(_) => tracing::debug!("control request timed out"),
             }
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept on the control socket");
-                tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
-            }
-        }
+        });
     }
 }
 

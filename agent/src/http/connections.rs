@@ -7,9 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Router;
+use skein_ipc::log_limit::LogLimit;
 use tokio::sync::Semaphore;
 
 use crate::connection::serve_request;
+use crate::listener::ACCEPT_RETRY_DELAY;
 
 /// Limits of one listener.
 #[derive(Debug, Clone, Copy)]
@@ -33,32 +35,6 @@ impl Default for ConnectionLimits {
             header_timeout: Duration::from_secs(1),
             timeout: Duration::from_secs(10),
         }
-    }
-}
-
-/// Delay after a failed accept, because descriptors are not released at once.
-const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
-/// Minimum interval of log lines about one kind of refusal.
-const LOG_INTERVAL: Duration = Duration::from_secs(60);
-
-/// Rate limit of the log lines about one kind of refused connections: the first line at once, then
-/// one per [`LOG_INTERVAL`].
-#[derive(Debug, Default)]
-struct Refusals {
-    logged_at: Option<Instant>,
-    suppressed: u64,
-}
-
-impl Refusals {
-    /// Counts one refusal. Returns the number of refusals since the last log line if it is time for
-    /// another one.
-    fn count(&mut self, now: Instant) -> Option<u64> {
-        if self.logged_at.is_some_and(|at| now.saturating_duration_since(at) < LOG_INTERVAL) {
-            self.suppressed += 1;
-            return None;
-        }
-        self.logged_at = Some(now);
-        Some(std::mem::take(&mut self.suppressed))
     }
 }
 
@@ -112,7 +88,7 @@ pub(crate) async fn accept(
 ) {
     let permits = Arc::new(Semaphore::new(limits.connections));
     let sources = Sources::default();
-    let (mut failed, mut refused) = (Refusals::default(), Refusals::default());
+    let (mut failed, mut refused) = (LogLimit::default(), LogLimit::default());
     loop {
         // The call fails only if the semaphore is closed, which no code does.
         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
@@ -154,17 +130,6 @@ mod tests {
 
     use super::super::tests::{get, server};
     use super::*;
-
-    #[test]
-    fn refusals_are_logged_once_per_minute_with_count() {
-        let start = Instant::now();
-        let mut refusals = Refusals::default();
-        let logged: Vec<_> =
-            (0..1500_u32).map(|n| refusals.count(start + n * ACCEPT_RETRY_DELAY)).collect();
-        assert_eq!((logged[0], logged[1], logged[599]), (Some(0), None, None));
-        assert_eq!((logged[600], logged[1200]), (Some(599), Some(599)));
-        assert_eq!(logged.iter().flatten().count(), 3);
-    }
 
     /// Connects from another address of the loopback interface.
     async fn connect_from(source: [u8; 4], to: SocketAddr) -> std::io::Result<TcpStream> {
