@@ -14,6 +14,7 @@ use anyhow::Context;
 use clap::Args;
 use rustix::io::FdFlags;
 use skein_ipc::instance::Instance;
+use skein_sys::confine;
 use skein_sys::descriptors;
 use skein_sys::lock::FileLock;
 
@@ -82,6 +83,10 @@ fn program() -> Command {
 }
 
 pub(crate) fn hold(arguments: &HoldArgs) -> Result<(), Failure> {
+    // The permitted set stays for the agent that this process becomes again.
+    if let Err(error) = confine::restrict_effective(confine::HOLDER) {
+        eprintln!("skein-agent: capabilities stay effective while another agent runs: {error}");
+    }
     if let (Some(lock), Some(to)) = (arguments.lock_fd, arguments.to_fd) {
         let pass = || {
             let lock = descriptors::inherited(lock)?;

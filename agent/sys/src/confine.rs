@@ -23,6 +23,10 @@ pub const CONTROL: CapabilitySet = DATAPLANE.union(CapabilitySet::DAC_OVERRIDE);
 /// namespaces, CAP_SYS_PTRACE for namespaces in the form `/proc/<pid>/ns/net`.
 pub const PODS: CapabilitySet = CapabilitySet::SYS_ADMIN.union(CapabilitySet::SYS_PTRACE);
 
+/// Effective capabilities of `skein-agent hold`, which only waits for a lock: the state directory
+/// may belong to another user.
+pub const HOLDER: CapabilitySet = CapabilitySet::DAC_OVERRIDE;
+
 /// Drops all capabilities except those in `keep`, for the calling thread and for programs that it
 /// starts. Also sets PR_SET_NO_NEW_PRIVS, and disables core dumps of the process. Returns the
 /// remaining capabilities.
@@ -52,4 +56,17 @@ pub fn drop_capabilities(keep: CapabilitySet) -> io::Result<CapabilitySet> {
     )?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     Ok(remaining)
+}
+
+/// Makes only the capabilities of `keep` effective for the calling thread. The permitted set stays,
+/// so that a program that root executes from here has all of them again.
+///
+/// Call it before there is a second thread: the kernel keeps capabilities for each.
+///
+/// # Errors
+/// The error of capget(2) or capset(2).
+pub fn restrict_effective(keep: CapabilitySet) -> io::Result<()> {
+    let has = capabilities(None)?;
+    let effective = has.permitted.intersection(keep);
+    Ok(set_capabilities(None, CapabilitySets { effective, ..has })?)
 }

@@ -380,3 +380,20 @@ fn dropped_capabilities_cannot_be_regained() {
     let dumps = rustix::process::dumpable_behavior().unwrap();
     assert_eq!(dumps, rustix::process::DumpableBehavior::NotDumpable, "applies to the process");
 }
+
+#[test]
+fn restricted_capabilities_come_back_by_exec_only() {
+    // In a thread: the kernel keeps rights for each.
+    let test = || {
+        confine::drop_capabilities(confine::CONTROL).unwrap();
+        confine::restrict_effective(confine::HOLDER).unwrap();
+        let own = rustix::thread::capabilities(None).unwrap();
+        assert_eq!(own.effective, own.permitted.intersection(confine::HOLDER));
+        let program = Command::new("cat").arg("/proc/self/status").output().unwrap();
+        let status = String::from_utf8(program.stdout).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap();
+        let effective = u64::from_str_radix(line.trim(), 16).unwrap();
+        assert_eq!(effective, own.permitted.bits(), "The next agent needs its capabilities.");
+    };
+    std::thread::spawn(test).join().unwrap();
+}
