@@ -318,7 +318,11 @@ impl Active {
     /// lanes.
     fn publish(&mut self) {
         self.totals.update(self.engine.tables());
-        let mut tables = Tables { routes: Arc::clone(&self.routes), ..Tables::default() };
+        let mut tables = Tables {
+            routes: Arc::clone(&self.routes),
+            handshakes: self.engine.handshake_filter(),
+            ..Tables::default()
+        };
         let mtu = self.snapshot.node.tun.mtu;
         for (id, view) in self.engine.tables() {
             let receive = view.receive.iter().map(|session| (session.local_index, session));

@@ -30,8 +30,6 @@ use super::tables::Tables;
 use super::tap::{Bytes, PacketRef};
 use super::write::TunWriter;
 
-/// Maximum length of a handshake message, bytes.
-const MAX_HANDSHAKE_LEN: usize = 2048;
 /// Maximum length of a control message, bytes; a control message may be a padded ping.
 const MAX_CONTROL_LEN: usize = 9216;
 /// Messages per recvmmsg(2), each of up to 64 KiB.
@@ -215,7 +213,7 @@ impl Ingress {
         self.counts.outer_packets += 1;
         self.counts.outer_bytes += datagram.len() as u64;
         if header.kind != MessageType::Data {
-            return self.pass_to_manager(lane, header, source, range);
+            return self.pass_to_manager(lane, tables, header, source, range);
         }
         if self.last.is_none_or(|(receiver, _)| receiver != header.receiver) {
             self.last = self.by_index.get(&header.receiver).map(|&at| (header.receiver, at));
@@ -279,29 +277,32 @@ impl Ingress {
         Ok(())
     }
 
-    /// Queues a handshake or control message for the session manager. A control message is
-    /// authenticated and limited first ([`RxSession::check_control`]).
+    /// Queues a handshake or control message for the session manager. First, the layout and mac1 of
+    /// a handshake message are checked ([`HandshakeFilter::check`]), and a control message is
+    /// authenticated and limited ([`RxSession::check_control`]).
+    ///
+    /// [`HandshakeFilter::check`]: skein_core::tunnel::HandshakeFilter::check
     ///
     /// # Errors
-    /// The reason of the drop: the message is longer than any that the manager accepts, its session
-    /// is unknown, the check fails, or the manager's queue is full.
+    /// The reason of the drop: the check fails, the session of a control message is unknown, or the
+    /// manager's queue is full.
     fn pass_to_manager(
         &mut self,
         lane: &mut LaneContext,
+        tables: &Tables,
         header: Header,
         source: SocketAddr,
         range: Range<usize>,
     ) -> Result<(), DropReason> {
         let datagram = &mut self.receive.arena_mut()[range];
         // A queue of messages that the manager refuses for their length would only waste memory.
-        let longest = match header.kind {
-            MessageType::Control => MAX_CONTROL_LEN,
-            _ => MAX_HANDSHAKE_LEN,
-        };
-        if datagram.len() > longest {
+        if datagram.len() > MAX_CONTROL_LEN {
             return Err(DropReason::HandshakeInvalid);
         }
         if header.kind != MessageType::Control {
+            // Checked before mac1, because it costs less.
+            lane.manager.check_room(header.kind)?;
+            tables.handshakes.check(header, datagram)?;
             return lane.manager.try_enqueue(header.kind, source, &*datagram);
         }
         let at = self.by_index.get(&header.receiver);

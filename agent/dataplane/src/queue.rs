@@ -101,6 +101,18 @@ impl ToManagerQueue {
         self.queue.try_send(message).is_ok()
     }
 
+    /// Checks that the share of this type is not full. Another lane may fill the share before
+    /// [`Self::try_enqueue`].
+    ///
+    /// # Errors
+    /// [`DropReason::ManagerQueue`] if the share is full.
+    pub(super) fn check_room(&self, kind: MessageType) -> Result<(), DropReason> {
+        match self.waiting[share(kind)].load(Ordering::Relaxed) < MAX_QUEUED_PER_TYPE {
+            true => Ok(()),
+            false => Err(DropReason::ManagerQueue),
+        }
+    }
+
     /// Queues a handshake or control message.
     ///
     /// # Errors
@@ -111,12 +123,7 @@ impl ToManagerQueue {
         source: SocketAddr,
         datagram: impl Into<Box<[u8]>>,
     ) -> Result<(), DropReason> {
-        let permit = match kind {
-            MessageType::Initiation => self.acquire(0)?,
-            MessageType::Response => self.acquire(1)?,
-            MessageType::CookieReply => self.acquire(2)?,
-            MessageType::Control | MessageType::Data => self.acquire(3)?,
-        };
+        let permit = self.acquire(share(kind))?;
         let message = ToManager::Datagram { source, datagram: datagram.into(), permit };
         match self.queue.try_send(message) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => Ok(()),
@@ -129,6 +136,16 @@ impl ToManagerQueue {
         // If the share is exceeded, dropping the permit undoes the increment.
         let permit = QueuePermit { waiting: Arc::clone(&self.waiting), of };
         if before < MAX_QUEUED_PER_TYPE { Ok(permit) } else { Err(DropReason::ManagerQueue) }
+    }
+}
+
+/// Returns the share of the queue that messages of this type have.
+fn share(kind: MessageType) -> usize {
+    match kind {
+        MessageType::Initiation => 0,
+        MessageType::Response => 1,
+        MessageType::CookieReply => 2,
+        MessageType::Control | MessageType::Data => 3,
     }
 }
 
@@ -158,6 +175,7 @@ mod tests {
                 try_enqueue(kind).unwrap();
             }
             assert_eq!(try_enqueue(kind), Err(DropReason::ManagerQueue));
+            assert_eq!(queue.check_room(kind), Err(DropReason::ManagerQueue));
         }
         for _ in 0..MAX_QUEUED_PER_TYPE {
             assert!(queue.try_send_own(ToManager::RequestSession(PeerId(1))), "One share is left.");
@@ -167,6 +185,7 @@ mod tests {
         let taken = receiver.recv().unwrap();
         assert_eq!(try_enqueue(MessageType::Response), Err(DropReason::ManagerQueue));
         drop(taken);
+        assert_eq!(queue.check_room(MessageType::Control), Ok(()), "One message was taken.");
         try_enqueue(MessageType::Control).unwrap();
         assert_eq!(try_enqueue(MessageType::Control), Err(DropReason::ManagerQueue));
     }

@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering::Relaxed;
 
+use skein_core::drop::DropReason;
 use skein_core::route::PeerId;
 use skein_core::time::Time;
-use skein_core::tunnel::{self, Engine, PeerView, UnreachableReason};
+use skein_core::tunnel::{self, Engine, HandshakeResult, PeerView, UnreachableReason};
 use skein_ipc::keys::PublicKey;
 use skein_ipc::{
     Capability, CapabilityState, HandshakeCount, Peer, PeerReport, PeerState, ReducedPath, Report,
@@ -72,10 +73,9 @@ pub(super) fn fill<'a>(
     let mut drops: Vec<_> = lanes.iter().map(|lane| &lane.stats.drops).collect();
     drops.push(sources.drops);
     report.drops = drop_report(&drops);
-    let handshakes = sources.engine.handshakes();
-    report.handshakes = handshakes
-        .map(|(result, count)| HandshakeCount { result: result.to_owned(), count })
-        .collect();
+    // The lanes refuse invalid messages before the engine sees them.
+    let refused = lanes.iter().map(|lane| lane.stats.drops.get(DropReason::HandshakeInvalid)).sum();
+    report.handshakes = handshake_report(sources.engine.handshakes(), refused);
     report.second_key_peers = sources.engine.peers_on_second_identity();
     let narrow = |public_key, mtu: Option<u16>| Some(ReducedPath { public_key, mtu: mtu? });
     let views = sources.engine.tables().map(|(_, view)| view);
@@ -117,6 +117,21 @@ fn degrade(gso: &mut Capability, off: &BTreeSet<SocketAddr>) -> bool {
         gso.reason = Some(format!("refused for {}", names.join(", ")));
     }
     true
+}
+
+/// Returns the number of handshakes by result. `refused` is the number of invalid messages that the
+/// engine has not seen.
+fn handshake_report(
+    counts: impl Iterator<Item = (&'static str, u64)>,
+    refused: u64,
+) -> Vec<HandshakeCount> {
+    let invalid = HandshakeResult::Invalid.label();
+    counts
+        .map(|(result, count)| HandshakeCount {
+            result: result.to_owned(),
+            count: if result == invalid { count + refused } else { count },
+        })
+        .collect()
 }
 
 fn peer_report(now: Time, sources: &Sources<'_>, id: PeerId, peer: &Peer) -> Option<PeerReport> {

@@ -124,7 +124,8 @@ impl DropStats {
         }
     }
 
-    fn get(&self, reason: DropReason) -> u64 {
+    /// Returns the number of drops for this reason.
+    pub(super) fn get(&self, reason: DropReason) -> u64 {
         self.0[reason as usize].load(Relaxed)
     }
 }

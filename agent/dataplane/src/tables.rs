@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use skein_core::route::{PeerId, RouteTable};
+use skein_core::tunnel::HandshakeFilter;
 use skein_core::tunnel::session::Session;
 
 /// Routes and sessions at one time.
@@ -21,6 +22,8 @@ pub(super) struct Tables {
     /// All sessions with which datagrams may be received, sorted by receiver index. A lane finds
     /// the changes by one walk over the old and the new list, without access to a session.
     pub(super) sessions: Vec<(u32, Arc<Session>)>,
+    /// Check of handshake messages, by which lanes drop what the session manager would refuse.
+    pub(super) handshakes: HandshakeFilter,
 }
 
 impl Tables {

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use skein_core::route::{PeerId, RouteTable};
 use skein_core::time::Time;
+use skein_core::tunnel::HandshakeFilter;
 use skein_core::tunnel::session::{Cipher, Session, SessionParams, TransportSecrets};
 
 use super::lane_context::{LaneContext, SendSocket};
@@ -69,6 +70,7 @@ pub(super) fn tables(endpoint: SocketAddr) -> Tables {
         routes: Arc::new(RouteTable::build(&cidrs[0], peers).unwrap()),
         peers: [(PeerId(1), entry(Some(session(true)))), (PeerId(2), entry(None))].into(),
         sessions: vec![(7, session(true))],
+        handshakes: HandshakeFilter::default(),
     }
 }
 

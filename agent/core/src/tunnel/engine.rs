@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::drop::DropCounts;
@@ -10,6 +11,7 @@ use crate::route::PeerId;
 use crate::time::Time;
 use crate::tunnel::cookie::CookieSecret;
 use crate::tunnel::counts::HandshakeResult;
+use crate::tunnel::handshake_filter::HandshakeFilter;
 use crate::tunnel::message::{Timestamp, TransportParams};
 use crate::tunnel::noise::Identity;
 use crate::tunnel::peer::{Peer, PeerKey, PeerView};
@@ -224,6 +226,7 @@ impl Engine {
         let own = identity(private_key, &self.prologue)?;
         let second = second.map(|key| identity(key, &self.prologue)).transpose()?;
         (self.shared.own, self.shared.second) = (own, second);
+        self.shared.changed = true;
         Ok(())
     }
 
@@ -433,10 +436,16 @@ impl Engine {
         }
     }
 
-    /// Returns true if sessions, endpoints or peers have changed since the last call. The lanes
-    /// need new tables then.
+    /// Returns true if sessions, endpoints, peers or the identity have changed since the last call.
+    /// The lanes need new tables and a new [`Engine::handshake_filter`] then.
     pub fn poll_tables_changed(&mut self) -> bool {
         std::mem::take(&mut self.shared.changed)
+    }
+
+    /// Returns the check that a handshake message must pass before it is worth a call of
+    /// [`Engine::handle_datagram`], which repeats the check.
+    pub fn handshake_filter(&self) -> HandshakeFilter {
+        HandshakeFilter::new(self.shared.identities().map(|own| Arc::clone(&own.mac_keys)))
     }
 
     /// Returns all peers in the order of their [`PeerId`].

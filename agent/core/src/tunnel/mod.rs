@@ -11,6 +11,7 @@ pub mod engine;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzz_access;
 mod handshake;
+mod handshake_filter;
 mod lane_key;
 mod liveness;
 pub mod message;
@@ -27,6 +28,7 @@ pub mod timers;
 
 pub use counts::HandshakeResult;
 pub use engine::{Engine, EngineConfig, EngineError, PeerConfig};
+pub use handshake_filter::HandshakeFilter;
 pub use liveness::UnreachableReason;
 pub use peer::{PeerState, PeerView};
 pub use replay::ReplayWindow;

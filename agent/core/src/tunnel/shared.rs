@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::drop::DropCounts;
@@ -33,12 +34,12 @@ pub type Random = Box<dyn FnMut(&mut [u8]) + Send>;
 /// Key pair of this node, and the MAC keys of messages addressed to it.
 pub(crate) struct LocalIdentity {
     pub(crate) identity: Identity,
-    pub(crate) mac_keys: MacKeys,
+    pub(crate) mac_keys: Arc<MacKeys>,
 }
 
 impl LocalIdentity {
     pub(crate) fn new(identity: Identity) -> Self {
-        let mac_keys = MacKeys::new(identity.public());
+        let mac_keys = Arc::new(MacKeys::new(identity.public()));
         Self { identity, mac_keys }
     }
 

@@ -8,6 +8,10 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use proptest::prelude::*;
+use skein_core::PrivateKey;
+use skein_core::time::Time;
+use skein_core::tunnel::message::{COOKIE_REPLY_LEN, MIN_RESPONSE_LEN};
+use skein_core::tunnel::{Ciphers, Engine, EngineConfig, HandshakeFilter, PeerConfig};
 use skein_core::wire::header::CONTROL_LANE;
 
 use super::rx_session::{CONTROL_RATE, receiver};
@@ -72,9 +76,18 @@ fn control_messages_are_checked_and_limited_by_session() {
 /// Receives `datagrams` in a lane, `age` seconds after the session was established. Returns the
 /// drops and the datagrams in the manager's queue; no manager runs.
 fn receive(age: u64, datagrams: &[&[u8]]) -> (Vec<String>, Vec<Box<[u8]>>) {
+    receive_with(HandshakeFilter::default(), age, datagrams)
+}
+
+fn receive_with(
+    handshakes: HandshakeFilter,
+    age: u64,
+    datagrams: &[&[u8]],
+) -> (Vec<String>, Vec<Box<[u8]>>) {
     let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-    let mut tables = Arc::new(testing::tables(peer.local_addr().unwrap()));
+    let tables = testing::tables(peer.local_addr().unwrap());
+    let mut tables = Arc::new(Tables { handshakes, ..tables });
     let (manager, queue) = queue::channel();
     let mut lane = testing::context(manager, Duration::from_secs(age));
     let config = CoalesceConfig { tcp: true, udp: true, partial_checksum: true };
@@ -91,6 +104,44 @@ fn receive(age: u64, datagrams: &[&[u8]]) -> (Vec<String>, Vec<Box<[u8]>>) {
         _ => panic!("Only datagrams were sent."),
     });
     (drops, taken.collect())
+}
+
+fn engine(private_key: u8) -> Engine {
+    let config = EngineConfig {
+        private_key: PrivateKey::new(&[private_key; 32]),
+        cluster_id: "test".to_owned(),
+        listen_port: 51900,
+        lanes: 1,
+        ciphers: Ciphers { aes256_gcm: true, chacha20_poly1305: true, aes_hardware: true },
+        mtu: 1440,
+        ecn: false,
+    };
+    Engine::new(config, Box::new(move |bytes| bytes.fill(private_key))).unwrap()
+}
+
+#[test]
+fn manager_gets_no_handshakes_with_wrong_mac1() {
+    let (mut initiator, responder) = (engine(1), engine(2));
+    let peer = PeerConfig {
+        public_key: responder.public_key(),
+        second_key: None,
+        endpoints: vec!["192.0.2.2:51900".parse().unwrap()],
+    };
+    let peer = initiator.upsert_peer(Time::default(), peer);
+    initiator.request_session(Time::default(), peer);
+    let initiation = initiator.poll_transmit().unwrap().payload;
+    let mut changed = initiation.clone();
+    changed[40] ^= 1;
+    let response = [&[2, 0, 255, 0][..], &[0; MIN_RESPONSE_LEN - 4]].concat();
+    let short_cookie = [&[3, 0, 255, 0][..], &[0; COOKIE_REPLY_LEN - 5]].concat();
+    let cookie = [&[3, 0, 255, 0][..], &[0; COOKIE_REPLY_LEN - 4]].concat();
+    let datagrams = [&changed, &response, &short_cookie, &cookie, &initiation];
+    let (drops, taken) =
+        receive_with(responder.handshake_filter(), 1, &datagrams.map(Vec::as_slice));
+    assert_eq!(drops, ["handshake_invalid"; 3]);
+    assert_eq!(taken, [cookie.into(), initiation.clone().into_boxed_slice()]);
+    // The tables before the first publication have no identity.
+    assert_eq!(receive(1, &[&initiation]), (vec!["handshake_invalid".to_owned()], Vec::new()));
 }
 
 fn seal(lane: u8, plaintext: &[u8]) -> Vec<u8> {

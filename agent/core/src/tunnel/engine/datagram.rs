@@ -10,8 +10,9 @@ use crate::time::Time;
 use crate::tunnel::cookie::Mac2Check;
 use crate::tunnel::counts::HandshakeResult;
 use crate::tunnel::handshake::ReceivedHandshake;
+use crate::tunnel::handshake_filter::is_addressed_to;
 use crate::tunnel::message::{
-    CookieReply, Initiation, MAX_HANDSHAKE, Mac1Input, Response, read_initiation_payload,
+    CookieReply, Initiation, MAX_HANDSHAKE, Response, read_initiation_payload,
 };
 use crate::tunnel::noise::Responder;
 use crate::tunnel::peer::Peer;
@@ -62,7 +63,8 @@ impl Engine {
         datagram: &[u8],
     ) -> Result<(), DropReason> {
         let message = Initiation::parse(header, datagram)?;
-        let own = self.shared.identities().position(|own| is_addressed_to(own, &message.mac1));
+        let is_own = |own: &LocalIdentity| is_addressed_to(&own.mac_keys, &message.mac1);
+        let own = self.shared.identities().position(is_own);
         let own = own.ok_or(DropReason::HandshakeInvalid)?;
         // The scope id is kept, because a link-local address needs it.
         let mut answer_to = source;
@@ -162,7 +164,8 @@ impl Engine {
         datagram: &[u8],
     ) -> Result<(), DropReason> {
         let message = Response::parse(header, datagram)?;
-        if !self.shared.identities().any(|own| is_addressed_to(own, &message.mac1)) {
+        let is_own = |own: &LocalIdentity| is_addressed_to(&own.mac_keys, &message.mac1);
+        if !self.shared.identities().any(is_own) {
             return Err(DropReason::HandshakeInvalid);
         }
         let owner = self.shared.owner(header.receiver);
@@ -209,11 +212,6 @@ impl Engine {
         let peer = self.peers.get_mut(&self.shared.owner(index)?)?;
         Some((peer, &mut self.shared))
     }
-}
-
-/// Returns true if mac1 proves that the sender knows the public key of this identity.
-fn is_addressed_to(own: &LocalIdentity, mac1: &Mac1Input<'_>) -> bool {
-    own.mac_keys.verify_mac1(mac1.message, &mac1.mac1)
 }
 
 /// Returns the handshake result to count for a dropped message.

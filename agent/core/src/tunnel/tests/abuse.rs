@@ -1,6 +1,7 @@
 //! Datagrams of attackers: spoofed, replayed and malformed handshakes, floods, and cookies.
 
 use super::*;
+use crate::tunnel::HandshakeFilter;
 use crate::tunnel::cookie::{Mac, MacKeys, mac2};
 use crate::tunnel::message::CLEAR_LEN;
 
@@ -51,6 +52,30 @@ fn handshake_with_flipped_byte_is_refused() {
         inject(&mut lab, to, datagram.source, datagram.payload);
         lab.run(ms(20));
         assert!(lab.joined(0, 1), "{kind:?}");
+    }
+}
+
+#[test]
+fn handshake_filter_passes_only_messages_with_valid_mac1() {
+    for kind in [MessageType::Initiation, MessageType::Response] {
+        let (lab, to, datagram) = intercept(kind);
+        let check = |filter: &HandshakeFilter, payload: &[u8]| {
+            Header::parse(payload).and_then(|header| filter.check(header, payload))
+        };
+        let filter = lab.nodes[to].engine.handshake_filter();
+        assert_eq!(check(&filter, &datagram.payload), Ok(()), "{kind:?}");
+        let invalid = Err(DropReason::HandshakeInvalid);
+        let others = [lab.nodes[datagram.from].engine.handshake_filter(), Default::default()];
+        assert!(others.iter().all(|filter| check(filter, &datagram.payload) == invalid));
+        let len = datagram.payload.len();
+        // mac2 is outside of mac1.
+        let covered = if kind == MessageType::Initiation { len - 16 } else { len };
+        for at in 0..covered {
+            let mut changed = datagram.payload.clone();
+            changed[at] ^= 1;
+            assert!(check(&filter, &changed).is_err(), "{kind:?}, byte {at}");
+        }
+        assert_eq!(check(&filter, &datagram.payload[..len - 1]), invalid);
     }
 }
 

@@ -29,6 +29,32 @@ impl Lab {
 }
 
 #[test]
+fn handshake_filter_follows_the_identities() {
+    let mut lab = Lab::joined_pair();
+    let initiation = |to: u8| {
+        let mut other = engine(&NodeConfig { key: 9, ..Lab::new(1).nodes[0].config.clone() }, 1);
+        let endpoints = vec!["192.0.2.9:51900".parse().unwrap()];
+        let peer = PeerConfig { public_key: public(to), second_key: None, endpoints };
+        let peer = other.upsert_peer(Time::default(), peer);
+        other.request_session(Time::default(), peer);
+        other.poll_transmit().unwrap().payload
+    };
+    let (old, new) = (initiation(OLD), initiation(NEW));
+    let passes = |lab: &Lab, payload: &[u8]| {
+        let header = Header::parse(payload).unwrap();
+        lab.nodes[0].engine.handshake_filter().check(header, payload).is_ok()
+    };
+    for (first, second, expected) in
+        [(OLD, None, [true, false]), (OLD, Some(NEW), [true, true]), (NEW, None, [false, true])]
+    {
+        lab.nodes[0].engine.poll_tables_changed();
+        lab.hold(first, second);
+        assert!(lab.nodes[0].engine.poll_tables_changed(), "The lanes need the new filter.");
+        assert_eq!([passes(&lab, &old), passes(&lab, &new)], expected, "{first} {second:?}");
+    }
+}
+
+#[test]
 fn key_rotation_under_traffic_loses_no_packet() {
     let mut lab = Lab::joined_pair();
     lab.underlay.delay = ms(20);
