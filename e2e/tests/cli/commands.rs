@@ -14,21 +14,23 @@ use crate::support::{joined, json, ran, says, start};
 use crate::watching::Terminal;
 
 #[test]
-fn peers_and_traces_tell_the_well_from_the_lost() -> Result<()> {
+fn peers_and_trace_show_which_peers_are_reachable() -> Result<()> {
     let mut cluster = Cluster::up(&Plan { nodes: 3, ..Plan::default() }, Family::V4)?;
     joined(&cluster)?;
     let peers = ["peers", "--interval", "0.2"];
     let shown = cluster.agents[0].run_command(&peers)?;
     ran(&shown, 0)?;
     says(&shown.stdout, &["node-b", "node-c", "established", "192.0.2.3:51900"])?;
-    ensure!(!shown.stdout.contains('\u{1b}'), "colours though this is no terminal");
+    ensure!(!shown.stdout.contains('\u{1b}'), "The output to a pipe has colours.");
     let one = cluster.agents[0].run_command(&[&peers[..], &["node-c", "-o", "json"]].concat())?;
     let one = json(&one)?;
-    ensure!(one.as_array().is_some_and(|all| all.len() == 1), "{one}");
-    ensure!(one[0]["name"] == "node-c" && one[0]["rates"].is_object(), "{one}");
-    let nobody = cluster.agents[0].run_command(&["peers", "node-z"])?;
-    ran(&nobody, 2)?;
-    says(&nobody.stderr, &["node-z", "node-b"])?;
+    let count = one.as_array().map_or(0, Vec::len);
+    ensure!(count == 1, "The output has {count} peers instead of 1: {one}");
+    let has_rates = one[0]["name"] == "node-c" && one[0]["rates"].is_object();
+    ensure!(has_rates, "The output does not have the rates of node-c: {one}");
+    let unknown = cluster.agents[0].run_command(&["peers", "node-z"])?;
+    ran(&unknown, 2)?;
+    says(&unknown.stderr, &["node-z", "node-b"])?;
 
     let (a, b) = (cluster.lab.pod(0).v4.to_string(), cluster.lab.pod(1).v4.to_string());
     let well = cluster.agents[0].run_command(&["trace", &a, &b])?;
@@ -40,7 +42,7 @@ fn peers_and_traces_tell_the_well_from_the_lost() -> Result<()> {
     let v6 = cluster.lab.pod(1).v6.to_string();
     let node = cluster.agents[0].run_command(&["trace", "node-a", "node-b", "-o", "json"])?;
     ran(&node, 0)?;
-    ensure!(json(&node)?["passes"] == true, "{}", node.stdout);
+    ensure!(json(&node)?["passes"] == true, "The trace does not pass: {}", node.stdout);
     let mixed = cluster.agents[0].run_command(&["trace", &a, &v6])?;
     ran(&mixed, 2)?;
     let foreign = cluster.agents[0].run_command(&["trace", &b, &a])?;
@@ -50,7 +52,7 @@ fn peers_and_traces_tell_the_well_from_the_lost() -> Result<()> {
     ran(&outside, 1)?;
     says(&outside.stderr, &["route", "198.51.100.9"])?;
 
-    // The way there is gone.
+    // A blackhole route replaces the route to the pod.
     cluster.lab.nodes[0].ns.ip("route add blackhole 10.244.2.10/32")?;
     let lost = cluster.agents[0].run_command(&["trace", &a, &b])?;
     ran(&lost, 1)?;
@@ -65,33 +67,33 @@ fn peers_and_traces_tell_the_well_from_the_lost() -> Result<()> {
     let lost = cluster.agents[0].run_command(&["peers", "--state", "unreachable"])?;
     ran(&lost, 1)?;
     says(&lost.stdout, &["node-b", "unreachable"])?;
-    ensure!(!lost.stdout.contains("node-c"), "{}", lost.stdout);
+    ensure!(!lost.stdout.contains("node-c"), "node-c is shown, too: {}", lost.stdout);
     ran(&cluster.agents[0].run_command(&["peers", "node-c"])?, 0)?;
     let trace = cluster.agents[0].run_command(&["trace", &a, &b])?;
     ran(&trace, 1)?;
     says(&trace.stderr, &["session", "unreachable"])?;
 
     cluster.agents[0].stop()?;
-    let away = cluster.agents[0].run_command(&["peers"])?;
-    ran(&away, 1)?;
-    says(&away.stderr, &["no agent answers", "Check that the agent runs"])
+    let stopped = cluster.agents[0].run_command(&["peers"])?;
+    ran(&stopped, 1)?;
+    says(&stopped.stderr, &["no agent answers", "Check that the agent runs"])
 }
 
 #[test]
-fn bench_measures_over_the_overlay_and_beside_it() -> Result<()> {
+fn bench_measures_overlay_and_underlay() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;
     joined(&cluster)?;
     let log = cluster.lab.directory().join("serve");
     let mut serve = start(&cluster.agents[1], &["bench", "--serve", "--limit", "60"], &log)?;
-    let mut told = String::new();
-    checks::eventually("it answers", Duration::from_secs(10), || {
-        told = serve.log_tail(5);
-        Ok(told.contains("--token"))
+    let mut output = String::new();
+    checks::eventually("bench --serve shows a command", Duration::from_secs(10), || {
+        output = serve.log_tail(5);
+        Ok(output.contains("--token"))
     })?;
-    // What it says is what is to be typed.
-    let line = told.lines().find(|line| line.contains("--token")).context("no line")?;
+    // The output contains the command for the other node.
+    let line = output.lines().find(|line| line.contains("--token")).context("no command")?;
     let words: Vec<&str> = line.split_whitespace().skip(1).collect();
-    ensure!(words[..2] == ["bench", "node-b"], "{line}");
+    ensure!(words[..2] == ["bench", "node-b"], "The shown command is not for node-b: {line}");
     let agent = &cluster.agents[0];
     let measured =
         agent.run_command(&[&words[..], &["--seconds", "0.3", "-o", "json"]].concat())?;
@@ -99,19 +101,23 @@ fn bench_measures_over_the_overlay_and_beside_it() -> Result<()> {
     let outcome = json(&measured)?;
     for way in ["overlay", "beside"] {
         for quantity in ["upload_bits_per_second", "download_bits_per_second"] {
-            ensure!(outcome[way][quantity].as_f64() > Some(1e6), "{way} {quantity}: {outcome}");
+            let rate = outcome[way][quantity].as_f64();
+            ensure!(rate > Some(1e6), "{way}: {quantity} is only {rate:?}: {outcome}");
         }
-        ensure!(outcome[way]["round_trip_p50_us"].as_f64() > Some(1.0), "{way}: {outcome}");
-        ensure!(outcome[way]["udp_received_per_second"].as_f64() > Some(100.0), "{way}: {outcome}");
+        let time = outcome[way]["round_trip_p50_us"].as_f64();
+        ensure!(time > Some(1.0), "{way}: The round-trip time is {time:?} µs: {outcome}");
+        let rate = outcome[way]["udp_received_per_second"].as_f64();
+        ensure!(rate > Some(100.0), "{way}: Only {rate:?} datagrams per second: {outcome}");
     }
-    // A terminal shows how far it is, and the result alone in the end.
+    // A terminal shows the progress, and at the end only the result.
     let shown = process::describe(&agent.command(&[&words[..], &["--seconds", "0.7"]].concat())?);
     let script = format!("{shown}; echo ended $?; sleep 60");
     let terminal = Terminal::open(cluster.lab.directory(), &script)?;
     terminal.shows("underlay: ")?;
     terminal.shows("ended 0")?;
     let screen = terminal.tmux(&["capture-pane", "-p"])?;
-    ensure!(!screen.contains("underlay: ") && screen.contains("round-trip time"), "{screen}");
+    let is_result = !screen.contains("underlay: ") && screen.contains("round-trip time");
+    ensure!(is_result, "The screen does not show the result alone: {screen}");
 
     let huge = agent.run_command(&["bench", "--serve", "--limit", "18446744073709551615"])?;
     ran(&huge, 2)?;
@@ -121,14 +127,14 @@ fn bench_measures_over_the_overlay_and_beside_it() -> Result<()> {
     ran(&refused, 2)?;
     says(&refused.stderr, &["token"])?;
 
-    // EACCES of the kernel is no word on the token.
+    // EACCES from the kernel is not reported as a wrong token.
     cluster.lab.nodes[0].ns.ip("route add prohibit 10.244.2.77")?;
     let there = [&words[..], &["--address", "10.244.2.77", "--overlay-only"]].concat();
     let prohibited = agent.run_command(&there)?;
     ran(&prohibited, 1)?;
     says(&prohibited.stderr, &["Permission denied"])?;
 
-    // A firewall that lets through what the overlay needs only.
+    // A firewall drops the measurement over the underlay.
     cluster.lab.nodes[1].ns.nft(
         "table inet t { chain c { type filter hook input priority 0; \
          iifname eth0 tcp dport 51901 drop; }; }",
@@ -140,7 +146,7 @@ fn bench_measures_over_the_overlay_and_beside_it() -> Result<()> {
 }
 
 #[test]
-fn connectivity_without_kubernetes_is_of_this_nodes_peers() -> Result<()> {
+fn connectivity_test_without_kubernetes_probes_own_peers() -> Result<()> {
     let cluster = Cluster::up(&Plan { nodes: 3, ..Plan::default() }, Family::V4)?;
     let agent = &cluster.agents[0];
     let test = agent.run_command(&["connectivity-test"])?;
@@ -153,18 +159,19 @@ fn connectivity_without_kubernetes_is_of_this_nodes_peers() -> Result<()> {
     let matrix = json(&test)?;
     let pairs = matrix["pairs"].as_array().context("no pairs")?;
     for pair in pairs {
-        ensure!(pair["ok"] == (pair["to"] == "node-c"), "{pair}");
-        // ICMP by both families, small and full; all of them are shown where they fail.
-        ensure!(pair["probed"] == 4, "{pair}");
+        ensure!(pair["ok"] == (pair["to"] == "node-c"), "The wrong pair fails: {pair}");
+        // Small and full-size ICMP requests of both families; all are shown if the pair fails.
+        ensure!(pair["probed"] == 4, "The pair was not probed 4 times: {pair}");
         let shown = pair["probes"].as_array().map_or(0, Vec::len);
-        ensure!(shown == if pair["ok"] == true { 0 } else { 4 }, "{pair}");
+        let expected = if pair["ok"] == true { 0 } else { 4 };
+        ensure!(shown == expected, "{shown} probes are shown instead of {expected}: {pair}");
     }
-    ensure!(pairs.len() == 2, "{matrix}");
+    ensure!(pairs.len() == 2, "The output has {} pairs instead of 2: {matrix}", pairs.len());
     says(&test.stderr, &["1 of 2 pairs fail"])
 }
 
 #[test]
-fn a_sysdump_holds_what_is_needed_and_no_secret() -> Result<()> {
+fn sysdump_contains_state_and_no_private_key() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;
     joined(&cluster)?;
     let agent = &cluster.agents[0];
@@ -173,8 +180,9 @@ fn a_sysdump_holds_what_is_needed_and_no_secret() -> Result<()> {
     let dumped = agent.run_command(&["sysdump", &path, "-o", "json"])?;
     ran(&dumped, 0)?;
     let entries = json(&dumped)?["entries"].as_array().context("no entries")?.len();
-    ensure!(entries > 30, "{entries} entries");
-    ensure!(fs::metadata(&file)?.permissions().mode() & 0o777 == 0o600);
+    ensure!(entries > 30, "The archive has only {entries} entries.");
+    let mode = fs::metadata(&file)?.permissions().mode() & 0o777;
+    ensure!(mode == 0o600, "The archive has mode {mode:o} instead of 600.");
     let unpacked = cluster.lab.directory().join("unpacked");
     fs::create_dir_all(&unpacked)?;
     let mut tar = Command::new("tar");
@@ -189,7 +197,7 @@ fn a_sysdump_holds_what_is_needed_and_no_secret() -> Result<()> {
     says(&read("machine/sysctls.txt")?, &["net.ipv4.ip_forward = 1"])?;
     says(&read("contents.txt")?, &["status.json"])?;
     for name in ["config.json", "check.json", "machine/proc/version", "network/links.txt"] {
-        ensure!(!read(name)?.is_empty(), "{name} is empty");
+        ensure!(!read(name)?.is_empty(), "The file {name} is empty.");
     }
 
     let key = fs::read_to_string(cluster.lab.directory().join("node-a/node.key"))?;
@@ -200,16 +208,17 @@ fn a_sysdump_holds_what_is_needed_and_no_secret() -> Result<()> {
         .map(<[u8]>::to_vec);
     let mut tar = Command::new("tar");
     let all = tar.args(["-xzOf", &path]).output()?.stdout;
-    ensure!(all.len() > 10_000, "{} bytes", all.len());
+    ensure!(all.len() > 10_000, "The archive contains only {} bytes.", all.len());
     for form in &forms {
-        ensure!(!all.windows(form.len()).any(|part| part == *form), "the private key is in it");
+        let is_found = all.windows(form.len()).any(|part| part == *form);
+        ensure!(!is_found, "The archive contains the private key.");
     }
     let again = agent.run_command(&["sysdump", &path])?;
     ran(&again, 2)?;
     says(&again.stderr, &["already exists"])
 }
 
-/// Base64 by the system's own program.
+/// Decodes base64 with the system's `base64`.
 fn decode(text: &str) -> Result<Vec<u8>> {
     use std::io::Write as _;
     use std::process::Stdio;
@@ -217,24 +226,24 @@ fn decode(text: &str) -> Result<Vec<u8>> {
     let mut child = base64.arg("-d").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
     child.stdin.take().context("no stdin")?.write_all(text.as_bytes())?;
     let raw = child.wait_with_output()?.stdout;
-    ensure!(raw.len() == 32, "{} bytes", raw.len());
+    ensure!(raw.len() == 32, "The key has {} bytes instead of 32.", raw.len());
     Ok(raw)
 }
 
 #[test]
-fn shells_take_the_completions_and_man_the_pages() -> Result<()> {
+fn shells_accept_completions_and_mandoc_the_pages() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let completions =
         |shell: &str| process::run(Command::new(binary()?).args(["completions", shell]));
     let bash = completions("bash")?;
     process::run_with_input(Command::new("bash").arg("-n"), bash.as_bytes())?;
-    // As a user has it: what begins with `pe` is `peers`.
+    // bash completes `pe` to `peers`.
     let script = format!(
         "{bash}\nCOMP_WORDS=(skein-agent pe); COMP_CWORD=1; _skein__agent skein-agent pe skein-agent\n\
          printf '%s\\n' \"${{COMPREPLY[@]}}\""
     );
     let offered = process::run_with_input(&mut Command::new("bash"), script.as_bytes())?;
-    ensure!(offered.trim() == "peers", "{offered}");
+    ensure!(offered.trim() == "peers", "bash completes `pe` to: {offered}");
     for shell in ["zsh", "fish", "elvish", "powershell"] {
         says(&completions(shell)?, &["peers", "sysdump"])?;
     }
@@ -245,9 +254,10 @@ fn shells_take_the_completions_and_man_the_pages() -> Result<()> {
         .collect::<Result<_>>()?;
     names.sort();
     for name in ["skein-agent.1", "skein-agent-peers.1", "skein-agent-capture.1"] {
-        ensure!(names.iter().any(|page| page == name), "{name} is not among {names:?}");
+        ensure!(names.iter().any(|page| page == name), "The page {name} is missing: {names:?}");
     }
-    ensure!(!names.iter().any(|page| page.contains("hold")), "hidden: {names:?}");
+    let has_hidden = names.iter().any(|page| page.contains("hold"));
+    ensure!(!has_hidden, "A hidden command has a page: {names:?}");
     for name in &names {
         let mut mandoc = Command::new("mandoc");
         let lint = process::finish(
@@ -255,7 +265,7 @@ fn shells_take_the_completions_and_man_the_pages() -> Result<()> {
             &[],
             Duration::from_secs(10),
         )?;
-        ensure!(lint.code == 0, "{name}: {}{}", lint.stdout, lint.stderr);
+        ensure!(lint.code == 0, "mandoc refuses {name}: {}{}", lint.stdout, lint.stderr);
     }
     let mut mandoc = Command::new("mandoc");
     let page = process::run(mandoc.args(["-T", "ascii"]).arg(directory.path().join(&names[0])))?;

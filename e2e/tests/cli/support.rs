@@ -9,7 +9,8 @@ use skein_lab::agent::{Agent, Cluster};
 use skein_lab::process::{Finished, Process};
 use skein_lab::{Family, checks};
 
-/// Every node has a session with every other. A busy machine may lose a ping: that is not what is tested here.
+/// Waits until every pod reaches every pod over both families. Lost pings are repeated, because a
+/// busy machine may lose some.
 pub(super) fn joined(cluster: &Cluster) -> Result<()> {
     let pods = || (0..cluster.lab.nodes.len()).map(|node| cluster.lab.pod(node));
     for (from, to) in pods().flat_map(|from| pods().map(move |to| (from, to))) {
@@ -22,7 +23,8 @@ pub(super) fn joined(cluster: &Cluster) -> Result<()> {
 
 pub(super) fn ran(finished: &Finished, code: i32) -> Result<()> {
     let (stdout, stderr) = (&finished.stdout, &finished.stderr);
-    ensure!(finished.code == code, "code {} instead of {code}: {stdout}{stderr}", finished.code);
+    let found = finished.code;
+    ensure!(found == code, "The exit code is {found} instead of {code}: {stdout}{stderr}");
     Ok(())
 }
 
@@ -32,12 +34,12 @@ pub(super) fn json(finished: &Finished) -> Result<Value> {
 
 pub(super) fn says(text: &str, words: &[&str]) -> Result<()> {
     words.iter().try_for_each(|word| {
-        ensure!(text.contains(word), "{word:?} is not in:\n{text}");
+        ensure!(text.contains(word), "The output does not contain {word:?}:\n{text}");
         Ok(())
     })
 }
 
-/// A command that goes on while the test does something.
+/// Starts a command that runs while the test continues.
 pub(super) fn start(agent: &Agent, arguments: &[&str], log: &Path) -> Result<Process> {
     Process::start(&mut agent.command(arguments)?, log)
 }
