@@ -4,6 +4,7 @@ mod border;
 mod firewall;
 mod firewall_repair;
 mod firewall_reports;
+mod flood_cost;
 mod floods;
 mod hardening;
 mod overheard;

@@ -9,6 +9,7 @@ pub mod ping;
 pub mod progress;
 pub mod redis;
 pub mod rr;
+pub mod sink;
 pub mod transfer;
 pub mod udp;
 
