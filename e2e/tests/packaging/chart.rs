@@ -89,20 +89,21 @@ pub(super) const VARIANTS: [(&str, &[&str]); 6] = [
 const VERSIONS: [&str; 4] = ["1.25", "1.28", "1.31", "1.34"];
 
 /// Maximum time of one program.
-const LIMIT: Duration = Duration::from_secs(120);
+const PROGRAM_TIMEOUT: Duration = Duration::from_secs(120);
 
 #[test]
-fn lint_finds_nothing() -> Result<()> {
+fn helm_lint_has_no_warning() -> Result<()> {
     for (name, settings) in VARIANTS {
         let linted = helm(&["lint", "--strict", &chart::path().to_string_lossy()], settings)?;
-        ensure!(linted.code == 0, "{name}: {}{}", linted.stdout, linted.stderr);
-        ensure!(!linted.stdout.contains("WARNING"), "{name}: {}", linted.stdout);
+        ensure!(linted.code == 0, "{name}: helm lint failed: {}{}", linted.stdout, linted.stderr);
+        let warns = linted.stdout.contains("WARNING");
+        ensure!(!warns, "{name}: helm lint has a warning: {}", linted.stdout);
     }
     Ok(())
 }
 
 #[test]
-fn every_version_of_kubernetes_takes_what_is_rendered() -> Result<()> {
+fn every_version_of_kubernetes_accepts_the_objects() -> Result<()> {
     let directory = tempfile::tempdir()?;
     for version in VERSIONS {
         let mut files = vec![];
@@ -112,7 +113,11 @@ fn every_version_of_kubernetes_takes_what_is_rendered() -> Result<()> {
             let cleanup = programs::yaml(&text)?
                 .into_iter()
                 .find_map(|object| object["data"]["daemonset.yaml"].as_str().map(str::to_owned));
-            ensure!(cleanup.is_some() == (name != "bare"), "{name}: the cleanup's DaemonSet");
+            let has_cleanup = cleanup.is_some();
+            ensure!(
+                has_cleanup == (name != "bare"),
+                "{name}: The DaemonSet of the cleanup is rendered: {has_cleanup}."
+            );
             text.push_str(&cleanup.map(|text| format!("\n---\n{text}")).unwrap_or_default());
             let path = directory.path().join(format!("{name}-{version}.yaml"));
             fs::write(&path, text)?;
@@ -122,15 +127,15 @@ fn every_version_of_kubernetes_takes_what_is_rendered() -> Result<()> {
         let mut validate =
             Command::new(programs::kubernetes_validate()?.join("kubernetes-validate"));
         validate.args(["--strict", "--kubernetes-version", version]).args(&files);
-        let said = process::finish(&mut validate, &[], LIMIT)?;
+        let said = process::finish(&mut validate, &[], PROGRAM_TIMEOUT)?;
         let text = format!("{}{}", said.stdout, said.stderr);
-        ensure!(said.code == 0, "{version}: {text}");
+        ensure!(said.code == 0, "The schemas of {version} refuse an object: {text}");
         // Unknown kinds pass with a warning. Only kinds of the Prometheus Operator may be unknown.
         let warned = text.lines().filter(|line| line.contains("WARN"));
         let warned: Vec<_> = warned.filter(|w| !w.contains("monitoring.coreos.com")).collect();
-        ensure!(warned.is_empty(), "{version}: {warned:?}");
+        ensure!(warned.is_empty(), "The validation with {version} has warnings: {warned:?}");
         let passed = text.lines().filter(|line| line.contains("passed")).count();
-        ensure!(passed > 50, "{version}: only {passed} objects were looked at: {text}");
+        ensure!(passed > 50, "{version}: Only {passed} objects were validated: {text}");
     }
     Ok(())
 }
@@ -144,7 +149,8 @@ fn pods_resolve_names_without_the_cluster_dns() -> Result<()> {
         (object(&objects, "DaemonSet", "skein")?, object(&objects, "Job", "skein-cleanup")?);
     for object in [agents, job, &cleanup] {
         let pod = &object["spec"]["template"]["spec"];
-        ensure!(pod["dnsPolicy"] == "Default", "{}: {}", object["kind"], pod["dnsPolicy"]);
+        let (kind, policy) = (&object["kind"], &pod["dnsPolicy"]);
+        ensure!(*policy == "Default", "The DNS policy of {kind} is {policy}.");
     }
     Ok(())
 }
@@ -156,47 +162,50 @@ fn removal_job_needs_a_release_unless_told_otherwise() -> Result<()> {
     let job = |settings: &[&str]| -> Result<Value> {
         let objects = rendered(settings)?;
         let job = object(&objects, "Job", "skein-cleanup")?;
-        ensure!(job["metadata"]["annotations"]["helm.sh/hook"] == "pre-delete", "{job:#}");
+        let hook = &job["metadata"]["annotations"]["helm.sh/hook"];
+        ensure!(*hook == "pre-delete", "The hook of the Job is {hook}.");
         Ok(job["spec"]["template"]["spec"]["containers"][0]["args"].clone())
     };
     let words = |arguments: &Value, word: &str| {
         arguments.as_array().is_some_and(|all| all.contains(&json!(word)))
     };
     let usual = job(&[])?;
-    ensure!(words(&usual, "--configmap=skein") && !words(&usual, "--without-helm"), "{usual}");
-    let told = job(&["cleanup.withoutHelm=true"])?;
-    ensure!(words(&told, "--without-helm"), "{told}");
+    let needs_release = words(&usual, "--configmap=skein") && !words(&usual, "--without-helm");
+    ensure!(needs_release, "The Job does not need a release: {usual}");
+    let without = job(&["cleanup.withoutHelm=true"])?;
+    ensure!(words(&without, "--without-helm"), "The Job needs a release: {without}");
     let objects = rendered(&[])?;
     let rules = object(&objects, "Role", "skein-cleanup")?["rules"].clone();
     let right = json!({
         "apiGroups": [""], "resources": ["configmaps"], "resourceNames": ["skein"],
         "verbs": ["get"],
     });
-    ensure!(rules.as_array().is_some_and(|rules| rules.contains(&right)), "{rules:#}");
+    let has_right = rules.as_array().is_some_and(|rules| rules.contains(&right));
+    ensure!(has_right, "The role does not allow to read the ConfigMap: {rules:#}");
     // If another tool than helm renders the chart, only the hook is missing.
     let chart = chart::path().to_string_lossy().into_owned();
     let plain = helm(&["template", "skein", &chart, "--no-hooks", "--include-crds"], &[])?;
-    ensure!(plain.code == 0, "{}", plain.stderr);
+    ensure!(plain.code == 0, "helm template failed: {}", plain.stderr);
     let objects = programs::yaml(&plain.stdout)?;
     object(&objects, "DaemonSet", "skein")?;
     object(&objects, "CustomResourceDefinition", "skeinnodes.skein.network")?;
     let hooks = objects.iter().filter(|o| o["metadata"]["name"] == "skein-cleanup").count();
-    ensure!(hooks == 0, "{hooks} objects of the hook are rendered with --no-hooks");
+    ensure!(hooks == 0, "{hooks} objects of the hook are rendered with --no-hooks.");
     Ok(())
 }
 
 /// The custom resource definition is generated from types in the agent's code.
 #[test]
-fn the_definition_is_what_the_agent_prints() -> Result<()> {
+fn definition_equals_output_of_the_agent() -> Result<()> {
     let printed = process::run(Command::new(binary()?).arg("crd"))?;
     let path = chart::path().join("crds/skeinnodes.yaml");
-    let how = "write it anew: skein-agent crd > charts/skein/crds/skeinnodes.yaml";
-    ensure!(fs::read_to_string(path)? == printed, "the chart has another definition; {how}");
+    let remedy = "Run `skein-agent crd > charts/skein/crds/skeinnodes.yaml`.";
+    ensure!(fs::read_to_string(path)? == printed, "The chart has another definition. {remedy}");
     Ok(())
 }
 
 #[test]
-fn pods_have_the_rights_they_need_and_no_others() -> Result<()> {
+fn pods_have_only_the_rights_that_they_need() -> Result<()> {
     let objects = rendered(&[])?;
     let pod = &object(&objects, "DaemonSet", "skein")?["spec"]["template"]["spec"];
     ensure!(pod["hostNetwork"] == true && pod["tolerations"] == json!([{ "operator": "Exists" }]));
@@ -208,18 +217,21 @@ fn pods_have_the_rights_they_need_and_no_others() -> Result<()> {
             "seccompProfile": { "type": "RuntimeDefault" }, "runAsUser": 0, "runAsGroup": 0,
         })
     };
-    ensure!(containers.len() == 2, "{} containers", containers.len());
+    let count = containers.len();
+    ensure!(count == 2, "The pod has {count} containers instead of 2.");
     for (container, name, add) in [
         (&containers[0], "agent", json!(["NET_ADMIN", "SYS_ADMIN"])),
         (&containers[1], "dataplane", json!(["NET_ADMIN"])),
     ] {
-        ensure!(container["name"] == name, "{container:#}");
-        ensure!(container["securityContext"] == rights(add), "{container:#}");
-        ensure!(container["image"] == skein_image::REFERENCE, "{container:#}");
+        ensure!(container["name"] == name, "The container is not {name}: {container:#}");
+        let context = &container["securityContext"];
+        ensure!(*context == rights(add), "{name} has other rights: {context:#}");
+        let image = &container["image"];
+        ensure!(*image == skein_image::REFERENCE, "{name} has the image {image}.");
     }
     // The Job runs without a pod network, and needs only the API server.
     let job = &object(&objects, "Job", "skein-cleanup")?["spec"]["template"]["spec"];
-    ensure!(job["hostNetwork"] == true, "{job:#}");
+    ensure!(job["hostNetwork"] == true, "The Job is not in the host network: {job:#}");
     let context = &job["containers"][0]["securityContext"];
     ensure!(
         context["runAsNonRoot"] == true && context["capabilities"] == json!({ "drop": ["ALL"] })
@@ -228,7 +240,7 @@ fn pods_have_the_rights_they_need_and_no_others() -> Result<()> {
 }
 
 #[test]
-fn a_new_pod_takes_over_where_kubernetes_starts_it_before_the_old_one_ends() -> Result<()> {
+fn new_pod_starts_before_the_old_one_ends_if_supported() -> Result<()> {
     let strategy = |version: &str, settings: &[&str]| -> Result<Value> {
         let objects = programs::yaml(&render(settings, version)?)?;
         Ok(object(&objects, "DaemonSet", "skein")?["spec"]["updateStrategy"]["rollingUpdate"]
@@ -242,8 +254,10 @@ fn a_new_pod_takes_over_where_kubernetes_starts_it_before_the_old_one_ends() -> 
     let pod = &object(&objects, "DaemonSet", "skein")?["spec"]["template"]["spec"];
     for container in pod["containers"].as_array().context("no containers")? {
         let arguments = container["args"].as_array().context("no arguments")?;
-        ensure!(arguments.contains(&json!("--instance=/run/instance/skein")), "{container:#}");
-        ensure!(container["ports"].is_null(), "two pods cannot have the same ports of a node");
+        let has_instance = arguments.contains(&json!("--instance=/run/instance/skein"));
+        ensure!(has_instance, "The container has no --instance: {container:#}");
+        let ports = &container["ports"];
+        ensure!(ports.is_null(), "A second pod on a node cannot have the same ports: {ports}");
     }
     Ok(())
 }
@@ -256,25 +270,24 @@ fn pods_are_replaced_when_the_configuration_changes() -> Result<()> {
         Ok(template["metadata"]["annotations"]["checksum/config"].clone())
     };
     let first = sum(&[])?;
-    ensure!(first.as_str().is_some_and(|sum| sum.len() == 64), "{first}");
-    ensure!(sum(&["lanes=2"])? != first, "lanes");
-    ensure!(
-        sum(&["cleanup.timeoutSeconds=9", "prometheus.rules.enabled=true"])? == first,
-        "others"
-    );
+    ensure!(first.as_str().is_some_and(|sum| sum.len() == 64), "{first} is not a SHA-256.");
+    ensure!(sum(&["lanes=2"])? != first, "Another number of lanes does not replace the pods.");
+    let others = sum(&["cleanup.timeoutSeconds=9", "prometheus.rules.enabled=true"])?;
+    ensure!(others == first, "Values that the agents do not read replace the pods.");
     Ok(())
 }
 
 /// Probes must not depend on ports or on /run/skein, which two pods of a node share.
 #[test]
-fn probes_ask_the_processes_of_their_own_pod() -> Result<()> {
+fn probes_check_the_processes_of_their_own_pod() -> Result<()> {
     let objects = rendered(&["podCidr=10.244.0.0/16"])?;
     let spec = &object(&objects, "DaemonSet", "skein")?["spec"]["template"]["spec"];
     let volumes = spec["volumes"].as_array().context("no volumes")?;
     let own = volumes.iter().find(|volume| volume["name"] == "instance").context("no volume")?;
-    ensure!(own["emptyDir"].is_object(), "{own}");
+    ensure!(own["emptyDir"].is_object(), "The volume is not an emptyDir: {own}");
     let containers = spec["containers"].as_array().context("no containers")?;
-    ensure!(containers.len() == 2, "{containers:?}");
+    let count = containers.len();
+    ensure!(count == 2, "The pod has {count} containers instead of 2.");
     for container in containers {
         let name = &container["name"];
         let text = |value: &Value| value.to_string();
@@ -282,24 +295,29 @@ fn probes_ask_the_processes_of_their_own_pod() -> Result<()> {
         let mount = mounts.iter().find(|mount| mount["name"] == "instance");
         let path = mount.and_then(|mount| mount["mountPath"].as_str()).context("no mount")?;
         let option = format!("--instance={path}/skein");
-        ensure!(text(&container["args"]).contains(&option), "{name}: {}", container["args"]);
-        ensure!(container["terminationMessagePolicy"] == "FallbackToLogsOnError", "{container}");
+        let arguments = text(&container["args"]);
+        ensure!(arguments.contains(&option), "{name} lacks {option}: {arguments}");
+        let policy = &container["terminationMessagePolicy"];
+        ensure!(*policy == "FallbackToLogsOnError", "{name} has the message policy {policy}.");
         for probe in ["startupProbe", "livenessProbe", "readinessProbe"] {
             let Some(probe) = container.get(probe) else { continue };
-            ensure!(text(&probe["exec"]["command"]).contains(&option), "{name}: {probe}");
-            ensure!(probe.get("httpGet").is_none(), "{name}: {probe}");
+            let is_own = text(&probe["exec"]["command"]).contains(&option);
+            ensure!(is_own, "A probe of {name} lacks {option}: {probe}");
+            ensure!(probe.get("httpGet").is_none(), "A probe of {name} uses a port: {probe}");
         }
-        ensure!(container["livenessProbe"].is_object(), "{name} has no probe");
+        ensure!(container["livenessProbe"].is_object(), "{name} has no liveness probe.");
     }
     let ready = containers[0]["readinessProbe"]["exec"]["command"].to_string();
-    ensure!(ready.contains("--ready"), "{ready}");
+    ensure!(ready.contains("--ready"), "The readiness probe lacks --ready: {ready}");
     Ok(())
 }
 
 #[test]
-fn versions_agree() -> Result<()> {
+fn chart_version_equals_crate_version() -> Result<()> {
     let about = programs::yaml(&fs::read_to_string(chart::path().join("Chart.yaml"))?)?.remove(0);
-    ensure!(about["version"] == env!("CARGO_PKG_VERSION"), "{about}");
-    ensure!(about["appVersion"] == env!("CARGO_PKG_VERSION"), "{about}");
+    for key in ["version", "appVersion"] {
+        let (found, expected) = (&about[key], env!("CARGO_PKG_VERSION"));
+        ensure!(*found == expected, "{key} of the chart is {found} instead of {expected}.");
+    }
     Ok(())
 }

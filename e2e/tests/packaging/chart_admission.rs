@@ -7,17 +7,19 @@ use skein_lab::chart::{object, render, rendered};
 use skein_lab::programs;
 
 #[test]
-fn agents_are_held_to_their_node_where_that_is_possible() -> Result<()> {
+fn policy_limits_agents_to_their_own_node() -> Result<()> {
     let kind = "kind: ValidatingAdmissionPolicy\n";
-    ensure!(!render(&[], "1.29")?.contains(kind), "the API server of 1.29 has none");
-    ensure!(render(&[], "1.30")?.contains(kind), "offline, the version must be enough");
-    ensure!(!render(&["admissionPolicy.enabled=false"], "1.34")?.contains(kind), "switched off");
+    ensure!(!render(&[], "1.29")?.contains(kind), "The policy is rendered for Kubernetes 1.29.");
+    ensure!(render(&[], "1.30")?.contains(kind), "The policy is missing for Kubernetes 1.30.");
+    let off = render(&["admissionPolicy.enabled=false"], "1.34")?;
+    ensure!(!off.contains(kind), "The policy is rendered although it is switched off.");
     let policies = rendered(&[])?;
     let policy = object(&policies, "ValidatingAdmissionPolicy", "skein-own-node")?;
     let condition = policy["spec"]["matchConditions"][0]["expression"].to_string();
-    ensure!(condition.contains("system:serviceaccount:net:skein"), "{condition}");
+    let is_agents = condition.contains("system:serviceaccount:net:skein");
+    ensure!(is_agents, "The condition does not name the service account: {condition}");
     object(&policies, "ValidatingAdmissionPolicyBinding", "skein-own-node")?;
-    the_policy_decides(policy)
+    check_decisions_of_policy(policy)
 }
 
 /// A request of an agent on node `a`, or of `user`, and the validations that refuse it.
@@ -188,14 +190,15 @@ fn decisions_about_records() -> Vec<Decision> {
 }
 
 /// Evaluates the expressions of the policy as an API server does.
-fn the_policy_decides(policy: &Value) -> Result<()> {
+fn check_decisions_of_policy(policy: &Value) -> Result<()> {
     let spec = &policy["spec"];
     let list = |value: &Value| value.as_array().cloned().context("no list");
     let text = |value: &Value| value.as_str().map(str::to_owned).context("no expression");
     let condition = text(&spec["matchConditions"][0]["expression"])?;
     let names = ["own", "operation", "metadata", "owners", "spec", "status", "events"];
     let validations = list(&spec["validations"])?;
-    ensure!(validations.len() == names.len(), "{} validations", validations.len());
+    let (count, expected) = (validations.len(), names.len());
+    ensure!(count == expected, "The policy has {count} validations instead of {expected}.");
     let mut expressions = vec![("is an agent".to_owned(), condition)];
     for variable in list(&spec["variables"])? {
         expressions.push((text(&variable["name"])?, text(&variable["expression"])?));
@@ -232,16 +235,16 @@ fn the_policy_decides(policy: &Value) -> Result<()> {
         let refused_by: Vec<_> = names.iter().filter(refuses).copied().collect();
         ensure!(
             refused_by == decision.refused_by && found["is an agent"] == true,
-            "{}: refused by {refused_by:?}, not {:?}: {found}",
+            "{}: The write is refused by {refused_by:?} instead of {:?}: {found}",
             decision.case,
             decision.refused_by
         );
     }
     let unchanged = &decisions_about_nodes()[0];
     let unbound = evaluate(unchanged, agent, &Value::Null)?;
-    ensure!(unbound["may own"] == false, "a token that names no node may write: {unbound}");
+    ensure!(unbound["may own"] == false, "A token without a node may write: {unbound}");
     let admin = evaluate(unchanged, "admin", &Value::Null)?;
-    ensure!(admin["is an agent"] == false, "the policy applies to other users: {admin}");
+    ensure!(admin["is an agent"] == false, "The policy applies to other users: {admin}");
     Ok(())
 }
 
@@ -249,21 +252,28 @@ fn the_policy_decides(policy: &Value) -> Result<()> {
 fn token_is_mounted_into_the_agent_only() -> Result<()> {
     let objects = rendered(&[])?;
     let pod = &object(&objects, "DaemonSet", "skein")?["spec"]["template"]["spec"];
-    ensure!(pod["automountServiceAccountToken"] == false, "every container would get the token");
+    let automount = &pod["automountServiceAccountToken"];
+    ensure!(*automount == false, "Every container gets the token: {automount}");
     let place = "/var/run/secrets/kubernetes.io/serviceaccount";
     for (container, expected) in [(&pod["containers"][0], true), (&pod["containers"][1], false)] {
         let mounts = container["volumeMounts"].as_array().context("no mounts")?;
         let has =
             mounts.iter().any(|mount| mount["mountPath"] == place || mount["name"] == "token");
-        ensure!(has == expected, "{}: {mounts:?}", container["name"]);
+        let name = &container["name"];
+        ensure!(has == expected, "{name} has the token: {has}, expected {expected}: {mounts:?}");
     }
     let volumes = pod["volumes"].as_array().context("no volumes")?;
     let tokens: Vec<_> = volumes.iter().filter(|v| !v["projected"].is_null()).collect();
-    ensure!(tokens.len() == 1, "{tokens:?}");
+    ensure!(tokens.len() == 1, "The pod does not have exactly one token volume: {tokens:?}");
     let sources = &tokens[0]["projected"]["sources"];
     let token = json!({ "path": "token", "expirationSeconds": 3600 });
-    ensure!(sources[0]["serviceAccountToken"] == token, "{sources:#}");
-    ensure!(sources[1]["configMap"]["items"][0]["path"] == "ca.crt", "{sources:#}");
-    ensure!(sources[2]["downwardAPI"]["items"][0]["path"] == "namespace", "{sources:#}");
+    let found = &sources[0]["serviceAccountToken"];
+    ensure!(*found == token, "The token is {found} instead of {token}.");
+    for (found, path) in [
+        (&sources[1]["configMap"]["items"][0]["path"], "ca.crt"),
+        (&sources[2]["downwardAPI"]["items"][0]["path"], "namespace"),
+    ] {
+        ensure!(*found == path, "The volume has the file {found} instead of {path}.");
+    }
     Ok(())
 }

@@ -9,7 +9,7 @@ use skein_lab::chart::{agent_takes, object, rendered};
 use crate::chart::VARIANTS;
 
 #[test]
-fn the_agent_takes_every_rendered_configuration() -> Result<()> {
+fn agent_accepts_every_rendered_configuration() -> Result<()> {
     for (name, settings) in VARIANTS {
         agent_takes(&rendered(settings)?).with_context(|| name.to_owned())?;
     }
@@ -30,14 +30,16 @@ fn every_address_family_gets_a_listener_and_probes() -> Result<()> {
         let table: toml::Table = toml::from_str(text.as_str().context("no agent.toml")?)?;
         let cidrs: Vec<_> = settings.iter().filter_map(|s| Some(s.split_once('=')?.1)).collect();
         let table = serde_json::to_value(table)?;
-        ensure!(table["cluster_cidrs"] == json!(cidrs), "{settings:?}: {table:#}");
-        ensure!(table["metrics"]["listen"] == "[::]:9464", "{settings:?}: {table:#}");
+        let found = &table["cluster_cidrs"];
+        ensure!(*found == json!(cidrs), "{settings:?}: cluster_cidrs is {found}.");
+        let listen = &table["metrics"]["listen"];
+        ensure!(*listen == "[::]:9464", "{settings:?}: metrics.listen is {listen}.");
         // A probe with an address would have only one family.
         let pod = &object(&objects, "DaemonSet", "skein")?["spec"]["template"]["spec"];
         for container in pod["containers"].as_array().context("no containers")? {
             for probe in ["startupProbe", "livenessProbe", "readinessProbe"] {
                 let host = &container[probe]["httpGet"]["host"];
-                ensure!(host.is_null(), "{probe} is bound to one address: {container:#}");
+                ensure!(host.is_null(), "{probe} uses only one address: {host}");
             }
         }
     }
@@ -68,7 +70,7 @@ fn values_reach_the_configuration() -> Result<()> {
     let metrics = json!({ "listen": "[::1]:9999", "per_peer": true, "hosts": ["a.example"] });
     ensure!(small["metrics"] == metrics, "{small:#}");
     ensure!(small["status_page"] == json!({ "listen": "[::1]:9998" }), "{small:#}");
-    ensure!(parse(&[])?["status_page"].is_null(), "the page is served without being asked for");
+    ensure!(parse(&[])?["status_page"].is_null(), "The status page is on by default.");
     ensure!(small["cluster_cidrs"] == json!(["10.244.0.0/16", "fd00:10:244::/56"]));
     ensure!(small["cni"]["masquerade"] == false, "{small:#}");
     let firewall = small["firewall"].as_object().context("no firewall")?;
@@ -162,7 +164,7 @@ fn default_configuration_has_no_key_of_later_releases() -> Result<()> {
         ("offload.udpEcn=false", "offload.udp_ecn"),
     ] {
         let new: Vec<_> = keys(&[setting])?.difference(&known).cloned().collect();
-        ensure!(new == [key], "{setting}: {new:?}");
+        ensure!(new == [key], "{setting} adds {new:?} instead of {key}.");
     }
     Ok(())
 }

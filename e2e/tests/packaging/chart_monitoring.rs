@@ -31,9 +31,9 @@ fn alerts_and_dashboards_use_metrics_that_exist() -> Result<()> {
     }
     for text in texts {
         let used = metrics(&text);
-        ensure!(used.len() > 10, "only {used:?}");
+        ensure!(used.len() > 10, "Only these metrics are used: {used:?}");
         let unknown: Vec<_> = used.difference(&known).collect();
-        ensure!(unknown.is_empty(), "no such metrics: {unknown:?}");
+        ensure!(unknown.is_empty(), "These metrics do not exist: {unknown:?}");
     }
     Ok(())
 }
@@ -43,37 +43,43 @@ fn alerts_and_dashboards_use_metrics_that_exist() -> Result<()> {
 #[test]
 fn dashboards_are_complete() -> Result<()> {
     let all = chart::dashboards()?;
-    ensure!(all.len() == 2, "{} dashboards", all.len());
+    ensure!(all.len() == 2, "The chart has {} dashboards instead of 2.", all.len());
     let mut identities = BTreeSet::new();
     for dashboard in &all {
         let board = &dashboard.0;
         let uid = board["uid"].as_str().context("no uid")?;
-        ensure!(identities.insert(uid.to_owned()), "{uid} is there twice");
-        ensure!(board["schemaVersion"].as_u64() >= Some(36), "{uid}: schemaVersion");
+        ensure!(identities.insert(uid.to_owned()), "Two dashboards have the uid {uid}.");
+        let version = board["schemaVersion"].as_u64();
+        ensure!(version >= Some(36), "{uid}: The schema version is {version:?}, below 36.");
         let source = &board["templating"]["list"][0];
-        ensure!(source["type"] == "datasource" && source["query"] == "prometheus", "{source}");
+        let is_prometheus = source["type"] == "datasource" && source["query"] == "prometheus";
+        ensure!(is_prometheus, "{uid}: The first variable is not a Prometheus: {source}");
         let panels = board["panels"].as_array().context("no panels")?;
         let (mut ids, mut places) = (BTreeSet::new(), BTreeSet::new());
         for panel in panels {
             let title = panel["title"].as_str().unwrap_or_default();
-            ensure!(!title.is_empty() && ids.insert(panel["id"].as_u64()), "{uid}: {panel}");
+            let is_unique = !title.is_empty() && ids.insert(panel["id"].as_u64());
+            ensure!(is_unique, "{uid}: A panel has no title or no id of its own: {panel}");
             let at = &panel["gridPos"];
-            ensure!(places.insert((at["y"].as_u64(), at["x"].as_u64())), "{title}: on another");
+            let is_free = places.insert((at["y"].as_u64(), at["x"].as_u64()));
+            ensure!(is_free, "{title}: The panel covers another one.");
             let width = at["x"].as_u64().zip(at["w"].as_u64()).map(|(x, w)| x + w);
-            ensure!(width.is_some_and(|width| width <= 24), "{title}: {at}");
+            ensure!(width.is_some_and(|width| width <= 24), "{title}: The panel is too wide: {at}");
             if panel["type"] == "row" {
-                ensure!(title.ends_with('?'), "{uid}: {title:?} is no question");
+                ensure!(title.ends_with('?'), "{uid}: The row {title:?} is not a question.");
                 continue;
             }
             let defaults = &panel["fieldConfig"]["defaults"];
             ensure!(
                 defaults["unit"].as_str().is_some_and(|unit| !unit.is_empty()),
-                "{title}: unit"
+                "{title}: The panel has no unit."
             );
             let about = panel["description"].as_str().unwrap_or_default();
-            ensure!(about.len() > 10, "{title}: no description");
-            ensure!(panel["datasource"]["uid"] == "${datasource}", "{title}: data source");
-            ensure!(panel["targets"].as_array().is_some_and(|all| !all.is_empty()), "{title}");
+            ensure!(about.len() > 10, "{title}: The panel has no description.");
+            let source = &panel["datasource"]["uid"];
+            ensure!(*source == "${datasource}", "{title}: The data source is {source}.");
+            let has_queries = panel["targets"].as_array().is_some_and(|all| !all.is_empty());
+            ensure!(has_queries, "{title}: The panel has no query.");
         }
     }
     Ok(())
@@ -81,7 +87,7 @@ fn dashboards_are_complete() -> Result<()> {
 
 /// Runs promtool with the cases in e2e/tests/observability/alerts.yaml.
 #[test]
-fn alerts_fire_when_they_should_and_not_otherwise() -> Result<()> {
+fn every_alert_fires_only_in_its_cases() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let rules = chart::path().join("alerts/skein.yaml");
     let tests = workspace().join("e2e/tests/observability/alerts.yaml");
@@ -98,14 +104,14 @@ fn alerts_fire_when_they_should_and_not_otherwise() -> Result<()> {
         let name = &alert["alert"];
         let of_it = || cases.iter().filter(|case| case["alertname"] == *name);
         let fires = |case: &&&Value| case["exp_alerts"].as_array().is_some_and(|a| !a.is_empty());
-        ensure!(of_it().any(|case| fires(&case)), "{name}: no test in which it fires");
-        ensure!(of_it().any(|case| !fires(&case)), "{name}: no test in which it does not");
+        ensure!(of_it().any(|case| fires(&case)), "{name} fires in no test.");
+        ensure!(of_it().any(|case| !fires(&case)), "{name} fires in every test.");
     }
     Ok(())
 }
 
 #[test]
-fn every_alert_has_its_runbook() -> Result<()> {
+fn every_alert_has_a_runbook() -> Result<()> {
     let runbooks = fs::read_to_string(workspace().join("docs/runbooks.md"))?;
     let manifest = fs::read_to_string(workspace().join("Cargo.toml"))?;
     let manifest: toml::Table = manifest.parse()?;
@@ -115,9 +121,10 @@ fn every_alert_has_its_runbook() -> Result<()> {
         let name = alert["alert"].as_str().context("no name")?.to_owned();
         let anchor = name.to_lowercase();
         let url = format!("{repository}/blob/main/docs/runbooks.md#{anchor}");
-        ensure!(alert["annotations"]["runbook_url"] == url, "{name}: {}", alert["annotations"]);
+        let found = &alert["annotations"]["runbook_url"];
+        ensure!(*found == url, "{name}: runbook_url is {found} instead of {url}.");
         for text in ["summary", "description"] {
-            ensure!(alert["annotations"][text].is_string(), "{name} has no {text}");
+            ensure!(alert["annotations"][text].is_string(), "{name} has no {text}.");
         }
         let section =
             runbooks.split(&format!("\n## {name}\n")).nth(1).with_context(|| name.clone())?;
@@ -125,12 +132,12 @@ fn every_alert_has_its_runbook() -> Result<()> {
         for part in
             ["**Meaning.**", "**Impact.**", "**Diagnosis.**", "```console", "**Mitigation.**"]
         {
-            ensure!(section.contains(part), "{name}: no {part}");
+            ensure!(section.contains(part), "The runbook of {name} has no {part}");
         }
         names.insert(name);
     }
     let sections = runbooks.lines().filter_map(|line| line.strip_prefix("## "));
     let others: Vec<_> = sections.filter(|name| !names.contains(*name)).collect();
-    ensure!(others.is_empty(), "sections of no alert: {others:?}");
+    ensure!(others.is_empty(), "These sections have no alert: {others:?}");
     Ok(())
 }

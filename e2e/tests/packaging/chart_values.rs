@@ -9,7 +9,7 @@ use skein_lab::chart::{self, agent_takes, helm};
 use skein_lab::programs;
 
 #[test]
-fn wrong_values_are_refused_in_words() -> Result<()> {
+fn wrong_value_is_refused_with_its_name() -> Result<()> {
     for (setting, words) in [
         ("prot=1", "additional properties 'prot' not allowed"),
         ("cni.bindir=/x", "at '/cni': additional properties 'bindir' not allowed"),
@@ -50,8 +50,9 @@ fn wrong_values_are_refused_in_words() -> Result<()> {
         ("podCidrv6=fe80::/64", "podCidrv6=fe80::/64 cannot hold pods"),
     ] {
         let refused = helm(&["template", "skein", &chart::path().to_string_lossy()], &[setting])?;
-        ensure!(refused.code != 0, "{setting} was taken");
-        ensure!(refused.stderr.contains(words), "{setting}: {}", refused.stderr);
+        ensure!(refused.code != 0, "{setting} was accepted.");
+        let is_named = refused.stderr.contains(words);
+        ensure!(is_named, "{setting}: The error does not contain {words:?}: {}", refused.stderr);
     }
     Ok(())
 }
@@ -102,13 +103,17 @@ fn null_value_is_refused_by_name_or_renders() -> Result<()> {
                     .any(|suffix| path.ends_with(suffix))
                     || path.starts_with("nodeSelector.")
                     || path.starts_with("resources.");
-                ensure!(is_named, "the README does not say that {path} can be null");
+                ensure!(is_named, "The README does not say that {path} can be null.");
             }
-            _ => ensure!(finished.stderr.contains(&words), "{path}: {}", finished.stderr),
+            _ => ensure!(
+                finished.stderr.contains(&words),
+                "{path}: The error does not contain {words:?}: {}",
+                finished.stderr
+            ),
         }
         refused += i32::from(finished.code != 0);
     }
-    ensure!(refused >= 45, "only {refused} of {} values were refused", paths.len());
+    ensure!(refused >= 45, "Only {refused} of {} values were refused.", paths.len());
     Ok(())
 }
 
@@ -129,7 +134,7 @@ fn leaves(path: &str, value: &Value, all: &mut BTreeSet<String>) {
 }
 
 #[test]
-fn the_readme_has_every_value_once_with_its_default() -> Result<()> {
+fn readme_lists_every_value_once_with_its_default() -> Result<()> {
     let values = programs::yaml(&fs::read_to_string(chart::path().join("values.yaml"))?)?.remove(0);
     let mut missing = BTreeSet::new();
     leaves("", &values, &mut missing);
@@ -141,11 +146,11 @@ fn the_readme_has_every_value_once_with_its_default() -> Result<()> {
         let pointer = format!("/{}", path.replace('.', "/"));
         let value = values.pointer(&pointer).with_context(|| format!("no value {path}"))?;
         let shown: Value = serde_json::from_str(default).with_context(|| row.to_owned())?;
-        ensure!(*value == shown, "{path} is {value}, not {default}");
+        ensure!(*value == shown, "{path} is {value}, but the README says {default}.");
         let before = missing.len();
         missing.retain(|leaf| leaf != path && !leaf.starts_with(&format!("{path}.")));
-        ensure!(missing.len() < before, "{path} is there twice");
+        ensure!(missing.len() < before, "{path} has two rows.");
     }
-    ensure!(missing.is_empty(), "not in the table: {missing:?}");
+    ensure!(missing.is_empty(), "The table lacks these values: {missing:?}");
     Ok(())
 }

@@ -50,7 +50,12 @@ fn networkd_and_udev_leave_our_interfaces_unmanaged() -> Result<()> {
     command.arg(workspace().join("agent/packaging"));
     let finished = process::finish(&mut command, &[], RUN_TIMEOUT)?;
     let log = finished.stdout;
-    ensure!(finished.code == 0, "exit code {}: {log}{}", finished.code, finished.stderr);
+    ensure!(
+        finished.code == 0,
+        "The script failed with code {}: {log}{}",
+        finished.code,
+        finished.stderr
+    );
     for name in ["skp12345678901", "sk-0123456789ab", "skein0"] {
         let line = format!("{name}: State changed: initialized -> unmanaged");
         ensure!(log.contains(&line), "systemd-networkd manages {name}: {log}");
@@ -70,17 +75,20 @@ fn networkd_and_udev_leave_our_interfaces_unmanaged() -> Result<()> {
 
 /// NetworkManager itself does not run here, because it needs a message bus.
 #[test]
-fn every_manager_is_told_of_the_same_interfaces() -> Result<()> {
+fn files_for_all_managers_list_the_same_interfaces() -> Result<()> {
     let names = ["skein0", "skp*", "sk-*"];
     let joined =
         |prefix: &str, separator: &str| names.map(|name| format!("{prefix}{name}")).join(separator);
     let network_manager = file("NetworkManager.conf")?;
     let matches = format!("match-device={}\nmanaged=0\n", joined("interface-name:", ","));
-    ensure!(network_manager.contains(&matches), "{network_manager}");
+    let is_listed = network_manager.contains(&matches);
+    ensure!(is_listed, "NetworkManager.conf lists other interfaces: {network_manager}");
     let networkd = file("systemd-networkd.network")?;
-    ensure!(networkd.contains(&format!("Name={}\n", joined("", " "))), "{networkd}");
+    let is_listed = networkd.contains(&format!("Name={}\n", joined("", " ")));
+    ensure!(is_listed, "systemd-networkd.network lists other interfaces: {networkd}");
     let udev = file("systemd-udev.link")?;
-    ensure!(udev.contains(&format!("OriginalName={}\n", joined("", " "))), "{udev}");
+    let is_listed = udev.contains(&format!("OriginalName={}\n", joined("", " ")));
+    ensure!(is_listed, "systemd-udev.link lists other interfaces: {udev}");
     Ok(())
 }
 
@@ -100,18 +108,20 @@ fn releases_check_advisories_and_pin_the_base_image() -> Result<()> {
         |path: &str| std::fs::read_to_string(workspace().join(path)).context(path.to_owned());
     let (ci, release) = (read(".github/workflows/ci.yml")?, read(".github/workflows/release.yml")?);
     for workflow in [&ci, &release] {
-        ensure!(!workflow.contains("uses:"), "an action is named by a tag: {workflow}");
+        ensure!(!workflow.contains("uses:"), "A workflow uses an action: {workflow}");
     }
-    ensure!(ci.contains("SKEIN_ADVISORIES=fetch .ci/run"), "{ci}");
+    let fetches = ci.contains("SKEIN_ADVISORIES=fetch .ci/run");
+    ensure!(fetches, "ci.yml does not fetch the advisories: {ci}");
     let advisories = step(&release, "advisories")?;
-    ensure!(advisories.contains("cargo deny --all-features check advisories"), "{advisories}");
+    let checks = advisories.contains("cargo deny --all-features check advisories");
+    ensure!(checks, "release.yml does not check the advisories: {advisories}");
     let dockerfile = read("Dockerfile")?;
     let mut stages = Vec::new();
     for line in dockerfile.lines().filter(|line| line.starts_with("FROM ")) {
         let mut words = line.split_whitespace().skip(1);
         let image = words.next().context("FROM without an image")?;
         let known = image == "scratch" || image == "${BUILD_IMAGE}" || stages.contains(&image);
-        ensure!(known, "{image} is not pinned by the release workflow");
+        ensure!(known, "The release workflow does not pin {image}.");
         stages.extend(words.nth(1));
     }
     let pin = step(&release, "base image pinned by digest")?;
@@ -124,11 +134,12 @@ fn releases_check_advisories_and_pin_the_base_image() -> Result<()> {
         process::finish(&mut command, &[], RUN_TIMEOUT)
     };
     for bad in ["", "latest", "sha256:12", &format!("{digest}0"), &format!("x\n{digest} y")] {
-        ensure!(run(bad)?.code == 1, "{bad:?} is accepted");
+        ensure!(run(bad)?.code == 1, "The digest {bad:?} is accepted.");
     }
-    ensure!(run(&digest)?.code == 0, "the digest is refused");
+    ensure!(run(&digest)?.code == 0, "The valid digest is refused.");
     let image = std::fs::read_to_string(outputs.path().join("env"))?;
     let expected = format!("@{digest}\n");
-    ensure!(image.starts_with("BUILD_IMAGE=rust:") && image.ends_with(&expected), "{image}");
+    let is_pinned = image.starts_with("BUILD_IMAGE=rust:") && image.ends_with(&expected);
+    ensure!(is_pinned, "The image is not pinned: {image}");
     Ok(())
 }

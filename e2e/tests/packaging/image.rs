@@ -29,24 +29,24 @@ fn member(archive: &Path, name: &str) -> Result<Value> {
 }
 
 #[test]
-fn the_same_programs_make_the_same_image() -> Result<()> {
+fn equal_programs_make_equal_images() -> Result<()> {
     let first = skein_image::build()?;
     let directory = tempfile::tempdir()?;
     let second = directory.path().join("second.tar");
     skein_image::pack(first.parent().context("no directory")?, &second)?;
-    ensure!(fs::read(&first)? == fs::read(&second)?, "two builds differ");
+    ensure!(fs::read(&first)? == fs::read(&second)?, "Two builds of the same programs differ.");
     Ok(())
 }
 
 #[test]
-fn the_image_is_small_and_says_what_it_is() -> Result<()> {
+fn image_is_small_and_has_labels() -> Result<()> {
     let archive = skein_image::build()?;
     let (size, compressed) = (fs::metadata(&archive)?.size(), compressed_len(&archive)?);
     println!("the image has {size} bytes, {compressed} bytes compressed");
     ensure!(compressed <= MAX_COMPRESSED_LEN, "The compressed image has {compressed} bytes.");
     let manifest = &member(&archive, "manifest.json")?[0];
     let tags = manifest["RepoTags"].to_string();
-    ensure!(tags.contains(skein_image::REFERENCE), "{tags}");
+    ensure!(tags.contains(skein_image::REFERENCE), "The image has the tags {tags}.");
     let config = member(&archive, manifest["Config"].as_str().context("no configuration")?)?;
     let labels: BTreeMap<String, String> =
         serde_json::from_value(config["config"]["Labels"].clone())?;
@@ -54,9 +54,11 @@ fn the_image_is_small_and_says_what_it_is() -> Result<()> {
         [("title", "Skein"), ("version", env!("CARGO_PKG_VERSION")), ("licenses", "Apache-2.0")]
     {
         let label = format!("org.opencontainers.image.{label}");
-        ensure!(labels.get(&label).map(String::as_str) == Some(value), "{label}: {labels:?}");
+        let found = labels.get(&label).map(String::as_str);
+        ensure!(found == Some(value), "The label {label} is {found:?} instead of {value}.");
     }
-    ensure!(config["config"]["Entrypoint"][0] == "/usr/bin/skein-agent", "{config:#}");
+    let program = &config["config"]["Entrypoint"][0];
+    ensure!(*program == "/usr/bin/skein-agent", "The entry point is {program}.");
     Ok(())
 }
 
@@ -87,7 +89,8 @@ fn ctr_run(pod: &Value, name: &str, cgroup: &str) -> Result<String> {
     let container = containers.iter().find(|c| c["name"] == name).context("no such container")?;
     let security = &container["securityContext"];
     ensure!(security["readOnlyRootFilesystem"] == true && security["privileged"] == false);
-    ensure!(security["seccompProfile"]["type"] == "RuntimeDefault", "{security:#}");
+    let profile = &security["seccompProfile"]["type"];
+    ensure!(*profile == "RuntimeDefault", "The seccomp profile of {name} is {profile}.");
     let mut words: Vec<String> = ["--snapshotter=native", "--net-host", "--read-only", "--seccomp"]
         .map(str::to_owned)
         .to_vec();
@@ -114,7 +117,7 @@ fn ctr_run(pod: &Value, name: &str, cgroup: &str) -> Result<String> {
 /// Runs both containers of the chart in containerd in separate namespaces, and then adds a pod
 /// whose network namespace is created later.
 #[test]
-fn the_agent_runs_with_what_the_chart_gives_it() -> Result<()> {
+fn agent_runs_with_the_rights_and_mounts_of_the_chart() -> Result<()> {
     let archive = skein_image::build()?;
     let directory = tempfile::tempdir()?;
     let shown = directory.path().display();
@@ -167,16 +170,17 @@ fn the_agent_runs_with_what_the_chart_gives_it() -> Result<()> {
     let log = |name: &str| process::tail(&directory.path().join(name), 20);
     ensure!(
         ran.code == 0,
-        "code {}: {}{}\nagent: {}\ndata process: {}",
+        "The script failed with code {}: {}{}\nagent: {}\ndata process: {}",
         ran.code,
         ran.stdout,
         ran.stderr,
         log("agent.log"),
         log("dataplane.log")
     );
-    ensure!(ran.stdout.contains("10.9.1.2/32"), "{}", ran.stdout);
+    ensure!(ran.stdout.contains("10.9.1.2/32"), "The pod has no address: {}", ran.stdout);
     for (log, name) in [(log("agent.log"), "agent"), (log("dataplane.log"), "dataplane")] {
-        ensure!(!log.contains("ERROR") && !log.contains("WARN"), "{name}: {log}");
+        let is_clean = !log.contains("ERROR") && !log.contains("WARN");
+        ensure!(is_clean, "The log of {name} has errors or warnings: {log}");
     }
     Ok(())
 }
