@@ -73,24 +73,27 @@ fn marks_reach_pods(underlay: Family) -> Result<()> {
     // The rule marks no datagram, because no datagram has this source port.
     mark(node, underlay, "udp sport 1")?;
     transfer_with_ecn(lab)?;
-    ensure!(ect0_datagrams(node)? > 0, "the inner field is copied to the outer header");
-    ensure!(netstat(&b.ns, "InCEPkts")? == 0, "nobody has marked anything");
+    ensure!(ect0_datagrams(node)? > 0, "No datagram has the ECT(0) of its inner packet.");
+    let marked = netstat(&b.ns, "InCEPkts")?;
+    ensure!(marked == 0, "The pod received {marked} marks that no device has set.");
 
     mark(node, underlay, &format!("{ip} ecn ect0 numgen random mod 2 == 0"))?;
     let before = netstat(&a.ns, "TCPDeliveredCE")?;
     transfer_with_ecn(lab)?;
     let (marked, echoed) =
         (netstat(&b.ns, "InCEPkts")?, netstat(&a.ns, "TCPDeliveredCE")? - before);
-    println!("{marked} packets came to the pod with a mark, {echoed} were echoed to the sender");
-    ensure!(marked > 0, "no mark reached the pod");
-    ensure!(echoed > 0, "the sender has seen no ECE");
-    ensure!(not_ect_drops(&agents[1])? == 0.0, "only packets with ECT were marked");
+    println!("{marked} marked packets reached the pod, {echoed} marks were echoed to the sender");
+    ensure!(marked > 0, "No mark reached the pod.");
+    ensure!(echoed > 0, "The sender has received no ECE.");
+    let drops = not_ect_drops(&agents[1])?;
+    ensure!(drops == 0.0, "{drops} packets were dropped, although only ECT was marked.");
 
     // The device marks all datagrams; pings are not ECN-capable.
     mark(node, underlay, "")?;
     let answers = ping(&a.ns, b.address(Family::V4), Ping { count: 3, ..Ping::default() })?;
-    ensure!(answers.received == 0, "a marked Not-ECT packet arrived: {}", answers.text);
-    ensure!(not_ect_drops(&agents[1])? >= 3.0, "the drops are not counted");
+    ensure!(answers.received == 0, "A marked Not-ECT packet arrived: {}", answers.text);
+    let drops = not_ect_drops(&agents[1])?;
+    ensure!(drops >= 3.0, "Only {drops} of 3 drops are counted.");
     node.nft("delete table inet marks")?;
     checks::all_reach_all(lab)
 }
@@ -104,11 +107,11 @@ fn node_without_ecn_is_sent_not_ect_and_ignores_marks() -> Result<()> {
     let (lab, node) = (&cluster.lab, &cluster.lab.nodes[1].ns);
     mark(node, Family::V4, "")?;
     transfer_with_ecn(lab)?;
-    ensure!(
-        ect0_datagrams(node)? == 0,
-        "datagrams with ECT were sent to a node that ignores marks"
-    );
-    ensure!(netstat(&lab.pod(1).ns, "InCEPkts")? == 0, "a mark was propagated");
-    ensure!(not_ect_drops(&cluster.agents[1])? == 0.0, "a mark has led to a drop");
+    let sent = ect0_datagrams(node)?;
+    ensure!(sent == 0, "{sent} datagrams with ECT were sent to a node that ignores marks.");
+    let marked = netstat(&lab.pod(1).ns, "InCEPkts")?;
+    ensure!(marked == 0, "{marked} marks were copied to inner packets.");
+    let drops = not_ect_drops(&cluster.agents[1])?;
+    ensure!(drops == 0.0, "Marks caused {drops} drops.");
     checks::all_reach_all(lab)
 }

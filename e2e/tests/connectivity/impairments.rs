@@ -12,7 +12,7 @@ use skein_lab::{Family, Offloads, Plan};
 
 /// Checks traffic over an impaired link. Lost and duplicated datagrams must cause losses only:
 /// pings are lost at about the rate of the underlay, and TCP transfers are complete.
-fn goes_on_in(impairments: Impairments, bytes: u64) -> Result<()> {
+fn check_traffic_with(impairments: Impairments, bytes: u64) -> Result<()> {
     let plan = Plan { offloads: Offloads::Wire, ..Plan::default() };
     let cluster = Cluster::up(&plan, Family::V4)?;
     let relay = Relay::start(&cluster.lab, 1)?;
@@ -27,7 +27,11 @@ fn goes_on_in(impairments: Impairments, bytes: u64) -> Result<()> {
     for family in Family::BOTH {
         let many = Ping { count: 400, interval_ms: 5, ..Ping::default() };
         let answers = ping(&a.ns, b.address(family), many)?;
-        ensure!(!answers.text.contains("duplicate"), "doubled inside: {}", answers.text);
+        ensure!(
+            !answers.text.contains("duplicate"),
+            "A duplicate passed the tunnel: {}",
+            answers.text
+        );
         (sent, received) = (sent + answers.sent, received + answers.received);
     }
     let lost = f64::from(sent - received) / f64::from(sent) * 100.0;
@@ -47,7 +51,7 @@ fn goes_on_in(impairments: Impairments, bytes: u64) -> Result<()> {
     let metrics = cluster.agents[1].metrics()?;
     let replayed = metrics.sum("skein_drops_total", &["reason=\"replay"]);
     println!(
-        "{impairments:?}: of {seen} datagrams {gone} lost, {doubled} doubled, {late} late; pings lost \
+        "{impairments:?}: of {seen} datagrams {gone} lost, {doubled} duplicated, {late} late; pings lost \
          {lost:.1} % (expected {expected:.1}), UDP {} of {}, {} out of order; {} MiB of TCP in {} s; \
          {replayed} replays dropped",
         datagrams.received,
@@ -56,22 +60,24 @@ fn goes_on_in(impairments: Impairments, bytes: u64) -> Result<()> {
         bytes >> 20,
         seconds.join(" and "),
     );
-    ensure!((lost - expected).abs() <= 2.0 + expected * 0.5, "{lost} % of the pings lost");
-    ensure!(datagrams.corrupt == 0 && datagrams.doubled == 0, "{datagrams:?}");
-    ensure!(impairments.duplicate_percent == 0 || replayed > 0.0, "no replay was dropped");
+    ensure!((lost - expected).abs() <= 2.0 + expected * 0.5, "{lost} % of the pings were lost.");
+    let is_intact = datagrams.corrupt == 0 && datagrams.doubled == 0;
+    ensure!(is_intact, "Datagrams were corrupted or duplicated: {datagrams:?}");
+    ensure!(impairments.duplicate_percent == 0 || replayed > 0.0, "No replay was dropped.");
     for (kind, percent, count) in [
         ("lost", impairments.loss_percent, gone),
-        ("doubled", impairments.duplicate_percent, doubled),
+        ("duplicated", impairments.duplicate_percent, doubled),
         ("late", impairments.delay_percent, late),
     ] {
-        ensure!((percent > 0) == (count > 0), "{count} {kind}");
+        let is_expected = (percent > 0) == (count > 0);
+        ensure!(is_expected, "{count} datagrams were {kind} with {percent} percent.");
     }
     for agent in &cluster.agents {
         let metrics = agent.metrics()?;
         let narrow = metrics.sum("skein_narrow_paths", &[]);
-        ensure!(narrow == 0.0, "loss was taken for a narrow path");
+        ensure!(narrow == 0.0, "The losses reduced the path MTU.");
         let away = metrics.sum("skein_peers", &["state=\"unreachable\""]);
-        ensure!(away == 0.0, "loss was taken for a dead peer");
+        ensure!(away == 0.0, "The losses made the peer unreachable.");
     }
     relay.set(Impairments::default());
     checks::transfer(a, b, Family::V4, 8 << 20)?;
@@ -80,30 +86,33 @@ fn goes_on_in(impairments: Impairments, bytes: u64) -> Result<()> {
 }
 
 #[test]
-fn loss_of_one_per_cent() -> Result<()> {
-    goes_on_in(Impairments { loss_percent: 1, ..Impairments::default() }, 32 << 20)
+fn traffic_survives_loss_of_1_percent() -> Result<()> {
+    check_traffic_with(Impairments { loss_percent: 1, ..Impairments::default() }, 32 << 20)
 }
 
 #[test]
-fn loss_of_ten_per_cent() -> Result<()> {
-    goes_on_in(Impairments { loss_percent: 10, ..Impairments::default() }, 8 << 20)
+fn traffic_survives_loss_of_10_percent() -> Result<()> {
+    check_traffic_with(Impairments { loss_percent: 10, ..Impairments::default() }, 8 << 20)
 }
 
 #[test]
-fn datagrams_that_overtake_each_other() -> Result<()> {
+fn traffic_survives_reordered_datagrams() -> Result<()> {
     let max_delay = Duration::from_millis(5);
-    goes_on_in(Impairments { delay_percent: 20, max_delay, ..Impairments::default() }, 32 << 20)
+    check_traffic_with(
+        Impairments { delay_percent: 20, max_delay, ..Impairments::default() },
+        32 << 20,
+    )
 }
 
 #[test]
-fn datagrams_that_come_twice() -> Result<()> {
-    goes_on_in(Impairments { duplicate_percent: 10, ..Impairments::default() }, 32 << 20)
+fn traffic_survives_duplicated_datagrams() -> Result<()> {
+    check_traffic_with(Impairments { duplicate_percent: 10, ..Impairments::default() }, 32 << 20)
 }
 
 #[test]
-fn all_of_that_at_once() -> Result<()> {
+fn traffic_survives_all_impairments_at_once() -> Result<()> {
     let max_delay = Duration::from_millis(5);
-    goes_on_in(
+    check_traffic_with(
         Impairments { loss_percent: 10, duplicate_percent: 10, delay_percent: 20, max_delay },
         8 << 20,
     )

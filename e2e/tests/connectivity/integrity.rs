@@ -9,6 +9,7 @@ use skein_lab::agent::Cluster;
 use skein_lab::checks;
 use skein_lab::{Family, Plan};
 
+/// Rate of the transfers, bytes per second.
 const RATE: u64 = 25_000_000;
 
 fn sleep_ms(milliseconds: u64) {
@@ -37,11 +38,14 @@ fn files_survive_a_flapping_link() -> Result<()> {
 /// The data process outlives the control process, and the next control process uses it without the
 /// loss of a packet.
 #[test]
-fn killing_the_control_process_loses_nothing() -> Result<()> {
+fn killed_control_process_causes_no_loss() -> Result<()> {
     let mut cluster = Cluster::up(&Plan::default(), Family::V4)?;
     checks::all_reach_all(&cluster.lab)?;
     let before: Vec<_> = cluster.agents.iter().map(|agent| agent.dataplane_pids()).collect();
-    ensure!(before.iter().all(|pids| pids.len() == 1), "data processes: {before:?}");
+    ensure!(
+        before.iter().all(|pids| pids.len() == 1),
+        "A node does not have exactly one data process: {before:?}"
+    );
 
     let Cluster { agents, lab, .. } = &mut cluster;
     let (a, b) = (lab.pod(0), lab.pod(1));
@@ -61,9 +65,10 @@ fn killing_the_control_process_loses_nothing() -> Result<()> {
         datagrams.join().ok().context("the sender panicked")?
     })?;
     file.join()?;
-    ensure!(outcome.sent > 4000 && outcome.received == outcome.sent, "{outcome:?}");
+    let is_complete = outcome.sent > 4000 && outcome.received == outcome.sent;
+    ensure!(is_complete, "Datagrams were lost: {outcome:?}");
     let after: Vec<_> = agents.iter().map(|agent| agent.dataplane_pids()).collect();
-    ensure!(before == after, "data processes: {before:?}, then {after:?}");
+    ensure!(before == after, "The data processes changed from {before:?} to {after:?}.");
     // The data process follows the new control process.
     agents[0].remove_record(&agents[1].record.name)?;
     let cut = || Ok(checks::does_not_reach(a, b, Family::V4).is_ok());
@@ -72,7 +77,7 @@ fn killing_the_control_process_loses_nothing() -> Result<()> {
 }
 
 #[test]
-fn killing_the_data_process_is_survived() -> Result<()> {
+fn transfer_survives_killed_data_process() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
     checks::all_reach_all(&cluster.lab)?;
@@ -90,7 +95,8 @@ fn killing_the_data_process_is_survived() -> Result<()> {
             received.longest_pause
         );
         let after = cluster.agents[victim].dataplane_pids();
-        ensure!(after.len() == 1 && after != before, "{before:?}, then {after:?}");
+        let is_replaced = after.len() == 1 && after != before;
+        ensure!(is_replaced, "The data process was not replaced: {before:?}, then {after:?}");
     }
     // While both ends agree on one of the sessions that they started, a packet may be lost.
     let settled = || Ok(checks::all_reach_all(&cluster.lab).is_ok());
@@ -99,7 +105,7 @@ fn killing_the_data_process_is_survived() -> Result<()> {
 }
 
 #[test]
-fn restarting_an_agent_in_the_middle_of_a_transfer_is_survived() -> Result<()> {
+fn transfer_survives_restart_of_agents() -> Result<()> {
     let mut cluster = Cluster::up(&Plan::default(), Family::V6)?;
     checks::all_reach_all(&cluster.lab)?;
     let Cluster { agents, lab, .. } = &mut cluster;
@@ -108,7 +114,7 @@ fn restarting_an_agent_in_the_middle_of_a_transfer_is_survived() -> Result<()> {
     for agent in agents {
         sleep_ms(800);
         let code = agent.stop()?;
-        ensure!(code == 0, "the agent ended with code {code}");
+        ensure!(code == 0, "The agent ended with code {code}.");
         agent.start()?;
     }
     let received = file.join()?;

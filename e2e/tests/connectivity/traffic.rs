@@ -22,8 +22,9 @@ fn iperf_both_ways(underlay: Family) -> Result<()> {
             ] {
                 let outcome = iperf::run(&from.ns, address, flow, 1, reverse)?;
                 let megabits = outcome.bits_per_second * 1e-6;
-                ensure!(megabits > 30.0, "{flow:?} over {family}: {outcome:?}");
-                ensure!(outcome.lost_percent < 1.0, "{flow:?} over {family}: {outcome:?}");
+                ensure!(megabits > 30.0, "{flow:?} over {family} is too slow: {outcome:?}");
+                let lost = outcome.lost_percent;
+                ensure!(lost < 1.0, "{flow:?} over {family} lost {lost} % of its datagrams.");
             }
         }
     }
@@ -50,7 +51,7 @@ fn iperf3_over_an_underlay_without_segmentation_offload() -> Result<()> {
         for reverse in [false, true] {
             let flow = Flow::Tcp { streams: 2 };
             let outcome = iperf::run(&a.ns, b.address(family), flow, 1, reverse)?;
-            ensure!(outcome.bits_per_second > 30e6, "{family}: {outcome:?}");
+            ensure!(outcome.bits_per_second > 30e6, "TCP over {family} is too slow: {outcome:?}");
         }
     }
     checks::mixed_traffic(&cluster.lab, 4 << 20)
@@ -101,7 +102,7 @@ fn echoes_of_every_size_come_back() -> Result<()> {
     for family in Family::BOTH {
         for payload in [0, 1, 16, 500, 1372, 1373, 4000, 20_000] {
             let answers = ping(&a.ns, b.address(family), Ping { payload, ..Ping::default() })?;
-            ensure!(answers.complete(), "{payload} bytes over {family}: {}", answers.text);
+            ensure!(answers.complete(), "{payload} bytes over {family} are lost: {}", answers.text);
         }
     }
     Ok(())
@@ -119,9 +120,10 @@ fn packets_that_are_too_big_are_answered_with_the_right_mtu() -> Result<()> {
         for (family, payload) in [(Family::V4, 1500 - 28), (Family::V6, 1500 - 48)] {
             let too_big = Ping { count: 2, payload, whole: true, ..Ping::default() };
             let answers = ping(&a.ns, b.address(family), too_big)?;
-            ensure!(answers.received == 0, "{family}: {}", answers.text);
-            let told = answers.text.to_lowercase().replace(' ', "");
-            ensure!(told.contains(&format!("mtu={mtu}")), "{family}: {}", answers.text);
+            let text = &answers.text;
+            ensure!(answers.received == 0, "A packet over the MTU arrived ({family}): {text}");
+            let is_reported = text.to_lowercase().replace(' ', "").contains(&format!("mtu={mtu}"));
+            ensure!(is_reported, "ICMP reports another MTU than {mtu} ({family}): {text}");
             // After the ICMP messages, all traffic passes.
             checks::transfer(a, b, family, 4 << 20)?;
             checks::transfer(b, a, family, 4 << 20)?;
@@ -132,7 +134,7 @@ fn packets_that_are_too_big_are_answered_with_the_right_mtu() -> Result<()> {
 
 /// Both nodes may start a handshake for their first session at the same time.
 #[test]
-fn both_sides_start_at_once() -> Result<()> {
+fn simultaneous_handshakes_establish_a_session() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
     let (there, back) = std::thread::scope(|scope| {

@@ -35,12 +35,16 @@ fn drops_in_the_queue_of_the_tun_device_are_counted() -> Result<()> {
     let link = lab.nodes[0].ns.sh("ip -j -s link show dev skein0")?;
     let link: serde_json::Value = serde_json::from_str(&link)?;
     let by_the_kernel = link[0]["stats64"]["tx"]["dropped"].as_f64().context("no counter")?;
-    ensure!(by_the_kernel >= before + 800.0, "the queue takes 50 packets: {by_the_kernel} drops");
+    ensure!(
+        by_the_kernel >= before + 800.0,
+        "The queue of 50 packets dropped only {by_the_kernel}."
+    );
     // Metrics may show a report that is up to one second old.
     let same = || Ok(drops()? == by_the_kernel);
     checks::eventually("the metric has the device's counter", checks::EVENT_TIMEOUT, same)?;
     let status = agent.run_command(&["status", "--interval", "0"])?;
-    ensure!(status.stdout.contains("tun_queue_full"), "{}", status.stdout);
+    let is_shown = status.stdout.contains("tun_queue_full");
+    ensure!(is_shown, "The status does not show the drops: {}", status.stdout);
     Ok(())
 }
 
@@ -74,7 +78,8 @@ fn nodes_join_over_link_local_addresses() -> Result<()> {
     checks::transfer(lab.pod(0), lab.pod(1), Family::V4, 4 << 20)?;
     for agent in agents {
         let endpoint = endpoint(agent)?;
-        ensure!(endpoint.starts_with("[fe80::aaaa:") && endpoint.contains('%'), "{endpoint}");
+        let is_scoped = endpoint.starts_with("[fe80::aaaa:") && endpoint.contains('%');
+        ensure!(is_scoped, "The endpoint is not link-local: {endpoint}");
     }
     // Sessions and the scope of their endpoints are in the session store, which outlives the
     // process.
@@ -84,10 +89,13 @@ fn nodes_join_over_link_local_addresses() -> Result<()> {
     let pid = agents[0].dataplane_pids().into_iter().next().and_then(Pid::from_raw);
     kill_process(pid.context("no data process")?, Signal::KILL)?;
     let back = || Ok(checks::reaches(lab.pod(0), lab.pod(1), Family::V4).is_ok());
-    checks::eventually("the next data process goes on", Duration::from_secs(10), back)?;
-    checks::eventually("it reports", checks::EVENT_TIMEOUT, || Ok(endpoint(&agents[0]).is_ok()))?;
-    ensure!(endpoint(&agents[0])? == before, "the endpoint is kept");
-    ensure!(handshakes()? == 0.0, "the session is kept, without a new handshake");
+    checks::eventually("the pods reach each other", Duration::from_secs(10), back)?;
+    let reports = || Ok(endpoint(&agents[0]).is_ok());
+    checks::eventually("the data process reports", checks::EVENT_TIMEOUT, reports)?;
+    let after = endpoint(&agents[0])?;
+    ensure!(after == before, "The endpoint changed from {before} to {after}.");
+    let completed = handshakes()?;
+    ensure!(completed == 0.0, "{completed} new handshakes were completed.");
     checks::all_reach_all(lab)
 }
 
@@ -96,8 +104,12 @@ fn endpoint_of_a_missing_interface_is_used_once_it_appears() -> Result<()> {
     let cluster = on_link_local_addresses("later0")?;
     let (lab, agents) = (&cluster.lab, &cluster.agents);
     let log = std::fs::read_to_string(agents[0].log())?;
-    ensure!(log.contains("this node has no interface later0"), "no complaint:\n{log}");
-    ensure!(endpoint(&agents[0])?.is_empty(), "an endpoint without its interface is used");
+    ensure!(
+        log.contains("this node has no interface later0"),
+        "The log does not name the interface:\n{log}"
+    );
+    let endpoint_now = endpoint(&agents[0])?;
+    ensure!(endpoint_now.is_empty(), "An endpoint without its interface is used: {endpoint_now}");
     for node in &lab.nodes {
         node.ns.ip("link add later0 type veth peer name later1")?;
         node.ns.ip("link set later0 up")?;
@@ -106,7 +118,7 @@ fn endpoint_of_a_missing_interface_is_used_once_it_appears() -> Result<()> {
     checks::eventually("the endpoint is used", Duration::from_secs(15), used)?;
     ensure!(
         agents[0].http("/readyz")?.status == 200,
-        "one peer's endpoint is not the node's health"
+        "The node is not ready because of one endpoint."
     );
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! The laboratory itself: what it builds carries packets, and nothing of it stays.
+//! The laboratory itself: its links carry packets, and everything is removed.
 
 use std::process::{Command, Stdio};
 use std::thread;
@@ -14,7 +14,7 @@ use skein_lab::{
     Family, Lab, Netns, Offloads, Plan, TURN_TIMEOUT, UNDERLAY, Underlay, process, registry,
 };
 
-/// Names of what this process has made and not removed.
+/// Returns the names of objects that this process has created and not removed.
 fn left() -> Vec<String> {
     let own = format!("-{}-", std::process::id());
     registry::existing().into_iter().filter(|name| name.contains(&own)).collect()
@@ -37,39 +37,41 @@ fn nodes_pods_and_links_carry_packets_and_are_removed() -> Result<()> {
         let (a, b) = (lab.pod(0), lab.pod(1));
         let to = (b.v4, 7001).into();
         let outcome = rr::run(&a.ns, &b.ns, to, Duration::from_millis(200))?;
-        ensure!(outcome.count > 100 && outcome.latency.p99 >= outcome.latency.p50);
+        let count = outcome.count;
+        ensure!(count > 100, "Only {count} requests were answered.");
+        ensure!(outcome.latency.p99 >= outcome.latency.p50, "The percentiles are not ordered.");
     }
-    ensure!(left().is_empty(), "left behind: {:?}", left());
+    ensure!(left().is_empty(), "The test left: {:?}", left());
     Ok(())
 }
 
 #[test]
-fn a_pulled_cable_cuts_and_comes_back() -> Result<()> {
+fn disconnected_cable_stops_traffic_until_reconnected() -> Result<()> {
     let lab = Lab::new(&Plan { pods: 0, ..Plan::default() })?;
     let (node, to) = (&lab.nodes[0].ns, lab.nodes[1].underlay(Family::V6));
     let once = Ping { count: 1, ..Ping::default() };
     let answered = || Ok(ping(node, to, once)?.complete());
     checks::eventually("an answer", checks::EVENT_TIMEOUT, answered)?;
     lab.set_cable(1, false)?;
-    ensure!(!ping(node, to, once)?.complete());
+    ensure!(!ping(node, to, once)?.complete(), "A ping was answered without a cable.");
     lab.set_cable(1, true)?;
     checks::eventually("an answer again", checks::EVENT_TIMEOUT, answered).map(drop)
 }
 
 #[test]
-fn what_runs_in_a_namespace_ends_with_it() -> Result<()> {
+fn process_in_a_namespace_ends_with_the_namespace() -> Result<()> {
     let ns = Netns::create("doomed")?;
     let mut child = ns.command("sleep").arg("1000").spawn()?;
     checks::eventually("sleep is inside", checks::EVENT_TIMEOUT, || Ok(!ns.pids().is_empty()))?;
     drop(ns);
     let ended = || Ok(child.try_wait()?.is_some());
     checks::eventually("sleep has ended", checks::EVENT_TIMEOUT, ended)?;
-    ensure!(left().is_empty(), "left behind: {:?}", left());
+    ensure!(left().is_empty(), "The test left: {:?}", left());
     Ok(())
 }
 
 #[test]
-fn the_comparison_of_a_node_sees_what_is_left_on_it() -> Result<()> {
+fn comparison_of_traces_notices_leftovers() -> Result<()> {
     let (node, other) = (Netns::create("node")?, Netns::create("other")?);
     let before = traces(&node)?;
     same(&before, &traces(&node)?)?;
@@ -82,7 +84,7 @@ fn the_comparison_of_a_node_sees_what_is_left_on_it() -> Result<()> {
     )?;
     let once = traces(&node)?;
     node.sh("nft add rule inet twice c counter accept")?;
-    ensure!(same(&once, &traces(&node)?).is_err(), "what is there twice counts twice");
+    ensure!(same(&once, &traces(&node)?).is_err(), "A second equal rule is not noticed.");
     node.sh("nft delete table inet twice")?;
     same(&before, &traces(&node)?)?;
     for (made, taken_away) in [
@@ -97,7 +99,7 @@ fn the_comparison_of_a_node_sees_what_is_left_on_it() -> Result<()> {
         same(&before, &traces(&node)?).context(made)?;
     }
     let open = format!("exec sleep 1000 <{}", other.path().display());
-    // A thread, and a socket, of a process that has its own network on the node.
+    // A thread and a socket in the other namespace, of a process that runs on the node.
     let path = other.path().display().to_string();
     let python = |then: &str| {
         format!(
@@ -125,17 +127,18 @@ fn the_comparison_of_a_node_sees_what_is_left_on_it() -> Result<()> {
 }
 
 #[test]
-fn a_failing_test_leaves_nothing() -> Result<()> {
+fn failing_test_leaves_nothing() -> Result<()> {
     let failed = thread::spawn(|| {
         let _lab = Lab::new(&Plan::default());
         panic!("as a failing test does");
     });
     ensure!(failed.join().is_err());
-    ensure!(left().is_empty(), "left behind: {:?}", left());
+    ensure!(left().is_empty(), "The test left: {:?}", left());
     Ok(())
 }
 
-/// Starts a command that makes a laboratory, ends it with a signal, and looks for the remains.
+/// Starts a command that creates a laboratory, ends it with a signal, and checks that nothing is
+/// left.
 fn interrupted_by(signal: Signal) -> Result<()> {
     let mut child = Command::new(env!("CARGO_BIN_EXE_skein-e2e"))
         .args(["bench", "--only", "routed", "--works", "tcp1", "--seconds", "20"])
@@ -151,33 +154,33 @@ fn interrupted_by(signal: Signal) -> Result<()> {
     let start = Instant::now();
     let status = child.wait()?;
     up?;
-    ensure!(!status.success(), "it ended with {status}");
+    ensure!(!status.success(), "The command succeeded after a signal: {status}");
     let took = start.elapsed();
     ensure!(took < checks::EVENT_TIMEOUT, "The command needed {took:?} to end.");
     if signal == Signal::KILL {
-        // Nobody can clean up then; the next run does.
+        // After SIGKILL, the next run cleans up.
         registry::sweep();
     }
     let remains: Vec<String> = remains().collect();
-    ensure!(remains.is_empty(), "left behind: {remains:?}");
+    ensure!(remains.is_empty(), "The command left: {remains:?}");
     Ok(())
 }
 
 #[test]
-fn an_interrupt_leaves_nothing() -> Result<()> {
+fn interrupted_command_leaves_nothing() -> Result<()> {
     interrupted_by(Signal::INT)
 }
 
 #[test]
-fn a_termination_leaves_nothing() -> Result<()> {
+fn terminated_command_leaves_nothing() -> Result<()> {
     interrupted_by(Signal::TERM)
 }
 
 #[test]
-fn a_kill_is_cleaned_up_by_the_next_run() -> Result<()> {
+fn killed_command_is_cleaned_up_by_the_next_run() -> Result<()> {
     let buffers = || std::fs::read_to_string("/proc/sys/net/core/rmem_default");
     let before = buffers()?;
     interrupted_by(Signal::KILL)?;
-    ensure!(buffers()? == before, "the host's buffers are {} and were {before}", buffers()?);
+    ensure!(buffers()? == before, "The host's buffers changed from {before} to {}.", buffers()?);
     Ok(())
 }

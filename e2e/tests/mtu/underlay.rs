@@ -34,7 +34,10 @@ fn prepare(underlay: Family) -> Result<Cluster> {
 fn mtu(agent: &Agent, node: &Netns) -> Result<u64> {
     let mtu = agent.status()?["interface"]["mtu"].as_u64().context("no MTU in the status")?;
     let link = node.ip("link show skein0")?;
-    ensure!(link.contains(&format!("mtu {mtu} ")), "the status says {mtu}: {link}");
+    ensure!(
+        link.contains(&format!("mtu {mtu} ")),
+        "The status has MTU {mtu}, the device another one: {link}"
+    );
     Ok(mtu)
 }
 
@@ -133,7 +136,10 @@ fn mtu_follows_addresses_and_routes_that_come_late() -> Result<()> {
     cluster.start()?;
     becomes(&cluster, 0, 1440)?;
     let log = std::fs::read_to_string(cluster.agents[0].log())?;
-    ensure!(log.contains("no device leads to a peer"), "the log does not say so: {log}");
+    ensure!(
+        log.contains("no device leads to a peer"),
+        "The log does not report the missing device: {log}"
+    );
     becomes(&cluster, 1, 8940)?;
     cluster.lab.nodes[0].ns.ip_batch(&[
         "address add 192.0.2.1/24 dev eth0".to_owned(),
@@ -184,9 +190,9 @@ fn becomes_minimum(cluster: &Cluster) -> Result<()> {
     let status = cluster.agents[0].status()?;
     let problem = status["interface"]["mtu_problem"].as_str().unwrap_or_default();
     for words in ["1240", "IPv6 pod CIDRs", "eth0, 1300 bytes"] {
-        ensure!(problem.contains(words), "no {words:?}: {problem}");
+        ensure!(problem.contains(words), "The problem does not contain {words:?}: {problem}");
     }
-    ensure!(status["ready"] == true, "a narrow device to one peer keeps the node from being ready");
+    ensure!(status["ready"] == true, "The node is not ready because of a small MTU to one peer.");
     checks::all_reach_all(&cluster.lab)
 }
 
@@ -200,11 +206,12 @@ fn mtu_of_underlay_too_small_is_raised_and_reported() -> Result<()> {
     becomes_minimum(&cluster)?;
     cluster.lab.nodes[0].ns.ip("link set eth0 mtu 1400")?;
     becomes(&cluster, 0, 1340)?;
-    ensure!(cluster.agents[0].status()?["interface"]["mtu_problem"].is_null(), "the problem stays");
+    let problem = cluster.agents[0].status()?["interface"]["mtu_problem"].take();
+    ensure!(problem.is_null(), "The problem is still reported: {problem}");
     checks::all_reach_all(&cluster.lab)?;
     cluster.lab.nodes[0].ns.ip("link set eth0 mtu 1300")?;
     becomes_minimum(&cluster)?;
     let log = std::fs::read_to_string(cluster.agents[0].log())?;
-    ensure!(log.contains("eth0, 1300 bytes"), "the log does not name the device: {log}");
+    ensure!(log.contains("eth0, 1300 bytes"), "The log does not name the device: {log}");
     Ok(())
 }

@@ -20,7 +20,7 @@ use skein_lab::{Family, Lab, Netns, Plan, Pod};
 const ADDRESS: &str = "127.0.0.1:9090";
 
 /// Maximum time for Prometheus to start, and for an alert to become pending.
-const LIMIT: Duration = Duration::from_secs(30);
+const PROMETHEUS_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Values that Grafana would insert for its variables, with a scrape interval of 1 s.
 const VARIABLES: [(&str, &str); 1] = [("$__rate_interval", "8s")];
@@ -59,7 +59,7 @@ impl Prometheus {
             let ask = || http::get(ADDRESS.parse()?, "/-/ready");
             Ok(ns.run(ask)?.is_ok_and(|answer| answer.status == 200))
         };
-        checks::eventually("Prometheus is ready", LIMIT, ready)?;
+        checks::eventually("Prometheus is ready", PROMETHEUS_TIMEOUT, ready)?;
         Ok(Self { ns, _process: process })
     }
 
@@ -76,7 +76,7 @@ impl Prometheus {
         let path = format!("/api/v1/{path}?{}", pairs.collect::<Vec<_>>().join("&"));
         let answer = self.ns.run(|| http::get(ADDRESS.parse()?, &path))??;
         let mut value: Value = serde_json::from_str(&answer.body)?;
-        ensure!(value["status"] == "success", "{}", answer.body);
+        ensure!(value["status"] == "success", "Prometheus refused a request: {}", answer.body);
         Ok(value["data"].take())
     }
 
@@ -117,12 +117,12 @@ fn pods(cluster: &Cluster) -> Result<[Pod; 2]> {
             .pod(&format!("first-{index}"))
     };
     let pods = [pod(0)?, pod(1)?];
-    checks::wait_until_reached(&pods[0], &pods[1], Family::V4, LIMIT)?;
+    checks::wait_until_reached(&pods[0], &pods[1], Family::V4, PROMETHEUS_TIMEOUT)?;
     Ok(pods)
 }
 
 #[test]
-fn every_query_is_answered_with_data() -> Result<()> {
+fn every_query_returns_data() -> Result<()> {
     let cluster = cluster()?;
     let prometheus = Prometheus::start(&cluster)?;
     let [a, b] = &pods(&cluster)?;
@@ -149,7 +149,7 @@ fn every_query_is_answered_with_data() -> Result<()> {
     work()?;
 
     let nodes = prometheus.ask("label/node/values", &[("match[]", "skein_build_info")])?;
-    ensure!(nodes == json!(["node-a", "node-b"]), "the variable has {nodes}");
+    ensure!(nodes == json!(["node-a", "node-b"]), "The variable has the values {nodes}.");
     let (mut asked, mut empty) = (0, vec![]);
     for dashboard in chart::dashboards()? {
         let title = dashboard.0["title"].as_str().unwrap_or_default();
@@ -159,7 +159,7 @@ fn every_query_is_answered_with_data() -> Result<()> {
             for (variable, value) in VARIABLES {
                 text = text.replace(variable, value);
             }
-            ensure!(!text.contains('$'), "{title}, {panel}: a variable is left: {text}");
+            ensure!(!text.contains('$'), "{title}, {panel}: A variable was not replaced: {text}");
             let series = prometheus.series(&text).with_context(|| text.clone())?;
             asked += 1;
             if series == 0 {
@@ -167,8 +167,8 @@ fn every_query_is_answered_with_data() -> Result<()> {
             }
         }
     }
-    ensure!(asked > 50, "only {asked} queries: is this test still reading them?");
-    ensure!(empty.is_empty(), "no data from:\n{}", empty.join("\n"));
+    ensure!(asked > 50, "The dashboards have only {asked} queries.");
+    ensure!(empty.is_empty(), "These queries returned no data:\n{}", empty.join("\n"));
     alerts_have_data(&prometheus)?;
     eprintln!("{asked} queries, each with data");
     Ok(())
@@ -189,21 +189,23 @@ fn alerts_have_data(prometheus: &Prometheus) -> Result<()> {
         prometheus.series(expression).with_context(|| expression.to_owned())?;
         // A range of minutes contains only the seconds since the start, which is sufficient.
         let series = prometheus.series(compared).with_context(|| compared.clone())?;
-        ensure!(series > 0, "{name}: no data from {compared}");
+        ensure!(series > 0, "{name} has no data to compare: {compared}");
     }
     let rules = prometheus.ask("rules", &[("type", "alert")])?;
     let rules = rules["groups"][0]["rules"].as_array().context("no rules")?.clone();
-    ensure!(rules.len() == chart::alerts()?.len(), "{} rules", rules.len());
+    let (count, expected) = (rules.len(), chart::alerts()?.len());
+    ensure!(count == expected, "Prometheus has {count} rules instead of {expected}.");
     for rule in rules {
-        ensure!(rule["health"] == "ok", "{}: {}", rule["name"], rule["lastError"]);
-        ensure!(rule["state"] == "inactive", "{} fires: {rule}", rule["name"]);
+        let name = &rule["name"];
+        ensure!(rule["health"] == "ok", "{name} has an error: {}", rule["lastError"]);
+        ensure!(rule["state"] == "inactive", "{name} is active: {rule}");
     }
     Ok(())
 }
 
 /// Real problems of the agents make the alerts pending.
 #[test]
-fn alerts_begin_when_nodes_are_in_trouble() -> Result<()> {
+fn alerts_become_pending_for_real_problems() -> Result<()> {
     let mut cluster = cluster()?;
     let [a, b] = &pods(&cluster)?;
     let prometheus = Prometheus::start(&cluster)?;
@@ -217,7 +219,7 @@ fn alerts_begin_when_nodes_are_in_trouble() -> Result<()> {
     };
     let begins = |name: &str, node: &str| {
         let begun = || Ok(!state(name, node)?.is_null());
-        checks::eventually(&format!("{name} of {node}"), LIMIT, begun)
+        checks::eventually(&format!("{name} of {node}"), PROMETHEUS_TIMEOUT, begun)
     };
     // The other node's record is damaged and repaired, and then its agent is stopped.
     let damaged = cluster.agents[0].records_directory().join("node-b.toml");
@@ -237,24 +239,25 @@ fn alerts_begin_when_nodes_are_in_trouble() -> Result<()> {
 
 /// promtool accepts the metrics of the agent.
 #[test]
-fn a_scrape_under_traffic_has_no_complaint() -> Result<()> {
+fn promtool_accepts_metrics_under_traffic() -> Result<()> {
     let cluster = cluster()?;
     let [a, b] = &pods(&cluster)?;
     checks::transfer(a, b, Family::V4, 1 << 20)?;
     let reference = fs::read_to_string(skein_lab::cargo::workspace().join("docs/metrics.md"))?;
     let text = cluster.agents[0].metrics()?.0;
     let mut promtool = Command::new("promtool");
-    let said = process::finish(promtool.args(["check", "metrics"]), text.as_bytes(), LIMIT)?;
-    ensure!(said.code == 0, "promtool: {}{}", said.stdout, said.stderr);
+    let said =
+        process::finish(promtool.args(["check", "metrics"]), text.as_bytes(), PROMETHEUS_TIMEOUT)?;
+    ensure!(said.code == 0, "promtool refuses the metrics: {}{}", said.stdout, said.stderr);
     let mut families = 0;
     for line in text.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
         let (name, kind) = line.split_once(' ').context("no type")?;
         ensure!(
             reference.contains(&format!("| `{name}` | {kind} |")),
-            "{name} is no {kind}, or not in docs/metrics.md"
+            "docs/metrics.md does not list {name} as a {kind}."
         );
         families += 1;
     }
-    ensure!(families > 30, "only {families} families");
+    ensure!(families > 30, "Only {families} metric families are served.");
     Ok(())
 }

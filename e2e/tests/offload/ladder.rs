@@ -1,4 +1,4 @@
-//! Every rung of the offload ladder forced off, and one that the kernel takes away at run time.
+//! Traffic with each offload capability forced off, and with UDP_SEGMENT refused at run time.
 
 use std::fs;
 use std::io::Write as _;
@@ -15,7 +15,7 @@ use skein_lab::{Family, Lab, Netns, Offloads, Plan};
 
 const RUNGS: [&str; 6] = ["tun_uso", "tun_tso", "tun_checksum", "udp_gso", "udp_gro", "udp_ecn"];
 
-/// The state of a rung in an agent's status.
+/// Returns the state of an offload capability in an agent's report.
 fn state(agent: &Agent, rung: &str) -> Result<String> {
     let report = agent.report()?;
     let rungs = report["capabilities"].as_array().context("no capabilities")?;
@@ -24,7 +24,7 @@ fn state(agent: &Agent, rung: &str) -> Result<String> {
     Ok(found["state"].as_str().context("no state")?.to_owned())
 }
 
-/// The rungs that this kernel has, as `skein-agent check` finds them.
+/// Returns the offload capabilities that this kernel supports, as `skein-agent check` reports them.
 fn possible(agent: &Agent) -> Result<Vec<&'static str>> {
     let checked = agent.run_command(&["check", "-o", "json"])?;
     let probes: Vec<Value> = serde_json::from_str(&checked.stdout).context(checked.stderr)?;
@@ -35,7 +35,7 @@ fn possible(agent: &Agent) -> Result<Vec<&'static str>> {
     Ok(RUNGS.into_iter().filter(|rung| works(rung)).collect())
 }
 
-/// The state that a rung must have where those in `off` are forced off.
+/// Returns the expected state of a capability if those in `off` are forced off.
 fn wanted_state(rung: &str, off: &[&str], possible: &[&str]) -> &'static str {
     let without_checksum = off.contains(&"tun_checksum") && ["tun_uso", "tun_tso"].contains(&rung);
     if off.contains(&rung) {
@@ -47,7 +47,8 @@ fn wanted_state(rung: &str, off: &[&str], possible: &[&str]) -> &'static str {
     }
 }
 
-/// The same traffic with some rungs off on some nodes, all others as they are without that.
+/// Runs mixed traffic with the capabilities `off` forced off on `nodes`, and checks the states of
+/// all capabilities.
 fn without(off: &[&str], nodes: &[usize], plan: &Plan) -> Result<()> {
     let mut cluster = Cluster::prepare(Lab::new(plan)?, Family::V4)?;
     for &node in nodes {
@@ -61,7 +62,7 @@ fn without(off: &[&str], nodes: &[usize], plan: &Plan) -> Result<()> {
         for rung in RUNGS {
             let off = if nodes.contains(&node) { off } else { &[] };
             let (state, wanted) = (state(agent, rung)?, wanted_state(rung, off, &possible));
-            ensure!(state == wanted, "{rung} is {state}, not {wanted}, with {off:?} off");
+            ensure!(state == wanted, "{rung} is {state} instead of {wanted} with {off:?} off.");
         }
     }
     checks::mixed_traffic(&cluster.lab, 6 << 20).with_context(|| format!("{off:?} off"))
@@ -77,7 +78,7 @@ fn without_tun_tso() -> Result<()> {
     without(&["tun_tso"], &[0, 1], &Plan::default())
 }
 
-/// The two rungs above it need it: they say so.
+/// The capabilities tun_uso and tun_tso need tun_checksum, and are unsupported without it.
 #[test]
 fn without_tun_checksum() -> Result<()> {
     without(&["tun_checksum"], &[0, 1], &Plan::default())
@@ -129,30 +130,31 @@ fn with_chacha20_one_lane_and_no_bundling() -> Result<()> {
     checks::mixed_traffic(&cluster.lab, 6 << 20)
 }
 
-/// How UDP_SEGMENT is refused towards one node.
+/// Method by which sends with UDP_SEGMENT to one node fail with EIO.
 enum Refusal {
-    /// A route through IPsec: the kernel's own EIO.
+    /// An IPsec policy on the route; the kernel itself returns EIO.
     Ipsec,
-    /// This kernel has no ESP: the system call answers as if it had. The file names the address.
+    /// A preloaded sendmmsg, for kernels without ESP. The file contains the refused address.
     Preloaded(PathBuf),
 }
 
-const STATE: &str = "proto esp spi 0x100 reqid 1 mode transport enc ecb(cipher_null)";
+/// Parameters of the IPsec states.
+const XFRM_PARAMETERS: &str = "proto esp spi 0x100 reqid 1 mode transport enc ecb(cipher_null)";
 
 fn add_state(ns: &Netns, from: &str, to: &str) -> Result<()> {
     let mut command = ns.command("ip");
     command.args(["xfrm", "state", "add", "src", from, "dst", to]);
-    skein_lab::process::run(command.args(STATE.split(' ')).arg("")).map(drop)
+    skein_lab::process::run(command.args(XFRM_PARAMETERS.split(' ')).arg("")).map(drop)
 }
 
-/// Writes the number in place: the agent's processes have mapped the file.
+/// Writes the number in place, because the agent's processes have mapped the file.
 fn set_number(file: &Path, number: i64) -> Result<()> {
     let file = fs::File::options().create(true).truncate(false).write(true).open(file)?;
     Ok(file.write_all_at(&number.to_ne_bytes(), 0)?)
 }
 
 impl Refusal {
-    /// To be called before the agent starts.
+    /// Prepares the refusal. Call it before the agent starts.
     fn prepare(agent: &mut Agent, directory: &Path) -> Result<Self> {
         let scratch = Netns::create("esp")?;
         if add_state(&scratch, "192.0.2.1", "192.0.2.2").is_ok() {
@@ -166,7 +168,8 @@ impl Refusal {
         Ok(Self::Preloaded(file))
     }
 
-    /// Tells the reader of the log, of a good run too, whose captured output nobody sees.
+    /// Writes the method to the standard error of the process, which the test runner does not
+    /// capture.
     fn announce(&self) {
         let who = match self {
             Refusal::Ipsec => "the kernel, by an IPsec (xfrm) policy on the route",
@@ -175,7 +178,7 @@ impl Refusal {
         let _ = writeln!(std::io::stderr(), "\nEIO comes from {who}");
     }
 
-    /// Refuses from the first node to the second.
+    /// Starts the refusal of sends from the first node to the second.
     fn start(&self, lab: &Lab) -> Result<()> {
         let (a, b) = (&lab.nodes[0], &lab.nodes[1]);
         let [from, to] = [a, b].map(|node| node.underlay(Family::V4).to_string());
@@ -206,8 +209,8 @@ fn gso_towards(agent: &Agent, peer: &str) -> Result<bool> {
 }
 
 #[test]
-fn a_route_that_refuses_gso_costs_no_packet_and_no_other_route() -> Result<()> {
-    // Room for IPsec's own headers beside a full packet of the overlay.
+fn gso_refused_by_one_route_loses_no_packet() -> Result<()> {
+    // The MTU has space for the headers of IPsec and a full packet of the overlay.
     let plan = Plan { nodes: 3, mtu: 1600, ..Plan::default() };
     let mut cluster = Cluster::prepare(Lab::new(&plan)?, Family::V4)?;
     cluster.agents.iter_mut().for_each(|agent| agent.set("interface.mtu", 1420));
@@ -228,12 +231,13 @@ fn a_route_that_refuses_gso_costs_no_packet_and_no_other_route() -> Result<()> {
     checks::eventually("GSO is off towards node-b", checks::EVENT_TIMEOUT, || {
         Ok(!gso_towards(agent, "node-b")?)
     })?;
-    ensure!(gso_towards(agent, "node-c")?, "GSO is off towards node-c too");
-    ensure!(state(agent, "udp_gso")? == "degraded", "udp_gso is {}", state(agent, "udp_gso")?);
+    ensure!(gso_towards(agent, "node-c")?, "GSO is off towards node-c, too.");
+    let udp_gso = state(agent, "udp_gso")?;
+    ensure!(udp_gso == "degraded", "udp_gso is {udp_gso} instead of degraded.");
     file.join()?;
-    ensure!(fallbacks()? > before, "no fall-back is counted");
+    ensure!(fallbacks()? > before, "No fallback is counted.");
     let lost = agent.metrics()?.sum("skein_drops_total", &["reason=\"send_error\""]);
-    ensure!(lost == 0.0, "{lost} packets dropped");
+    ensure!(lost == 0.0, "{lost} packets were dropped.");
     refusal.stop(&cluster.lab)?;
     checks::transfer(a, c, Family::V6, 5 << 20)?;
 
@@ -241,6 +245,7 @@ fn a_route_that_refuses_gso_costs_no_packet_and_no_other_route() -> Result<()> {
         checks::transfer(a, b, Family::V4, 1 << 20)?;
         gso_towards(agent, "node-b")
     })?;
-    ensure!(state(agent, "udp_gso")? == "on");
+    let udp_gso = state(agent, "udp_gso")?;
+    ensure!(udp_gso == "on", "udp_gso is {udp_gso} instead of on.");
     Ok(())
 }

@@ -146,7 +146,7 @@ fn crates_import_downwards_only() -> Result<()> {
         for dependency in &metadata.package(name)?.dependencies {
             let import = dependency.name.as_str();
             let outside = !names.contains(import);
-            ensure!(outside || allowed.contains(&import), "{name} must not import {import}");
+            ensure!(outside || allowed.contains(&import), "{name} must not import {import}.");
         }
     }
     Ok(())
@@ -158,7 +158,7 @@ fn crates_link_nothing_that_must_stay_out() -> Result<()> {
     for (name, absent) in ABSENT {
         let linked = metadata.linked(metadata.package(name)?);
         for other in absent {
-            ensure!(!linked.contains(other), "{name} must not link {other}");
+            ensure!(!linked.contains(other), "{name} must not link {other}.");
         }
     }
     let agent = metadata.linked(metadata.package("skein-agent")?);
@@ -188,7 +188,7 @@ fn only_skein_sys_has_unsafe_code() -> Result<()> {
         for library in libraries.filter(|_| !["skein-sys", "skein-lab"].contains(&&*package.name)) {
             let source = fs::read_to_string(&library.src_path)?;
             let forbids = source.lines().any(|line| line == "#![forbid(unsafe_code)]");
-            ensure!(forbids, "{} lacks #![forbid(unsafe_code)]", library.src_path);
+            ensure!(forbids, "{} lacks #![forbid(unsafe_code)].", library.src_path);
         }
     }
     Ok(())
@@ -209,12 +209,16 @@ fn no_crate_republishes_all_of_another() -> Result<()> {
                 let republishes = |line: &str| {
                     line.trim_start().starts_with("pub use skein_") && line.ends_with("::*;")
                 };
-                ensure!(!source.lines().any(republishes), "{}: pub use of a crate", path.display());
+                ensure!(
+                    !source.lines().any(republishes),
+                    "{} republishes a crate.",
+                    path.display()
+                );
                 read += 1;
             }
         }
     }
-    ensure!(read > 100, "only {read} files: is this test still reading them?");
+    ensure!(read > 100, "Only {read} files were read.");
     Ok(())
 }
 
@@ -348,7 +352,11 @@ fn check_circles(modules: &[(Vec<String>, String)]) -> Result<usize> {
         }) {
             graph.remove(&end);
         }
-        ensure!(graph.is_empty(), "circles in {}: {graph:?}", directory.join("::"));
+        ensure!(
+            graph.is_empty(),
+            "The modules of {} import each other: {graph:?}",
+            directory.join("::")
+        );
     }
     Ok(edges)
 }

@@ -1,4 +1,4 @@
-//! The documents: what they refer to is there.
+//! Links, test names and comparisons of secrets in documents and sources.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,15 +18,15 @@ fn documents() -> Result<Vec<PathBuf>> {
     Ok(all)
 }
 
-/// Targets of Markdown links that are not in code.
+/// Returns the targets of the Markdown links that are not in code.
 fn targets(text: &str) -> Vec<&str> {
-    // Text and code take turns: first at fences, then at single backquotes.
+    // Text and code alternate at fences, and within text at single backquotes.
     let prose = text.split("```").step_by(2).flat_map(|part| part.split('`').step_by(2));
     let links = prose.flat_map(|part| part.split("](").skip(1));
     links.filter_map(|rest| rest.split(')').next()).collect()
 }
 
-/// What a heading can be referred to by.
+/// Returns the anchors of the headings, as GitHub forms them.
 fn anchors(text: &str) -> BTreeSet<String> {
     let headings = text.split("```").step_by(2).flat_map(str::lines);
     let headings = headings.filter(|line| line.starts_with('#'));
@@ -38,7 +38,7 @@ fn anchors(text: &str) -> BTreeSet<String> {
     headings.map(anchor).collect()
 }
 
-/// Checks one link; true if it stays in this repository.
+/// Checks one link, and returns whether its target is in this repository.
 fn check(document: &Path, text: &str, target: &str) -> Result<bool> {
     if ["https:", "http:", "mailto:"].iter().any(|scheme| target.starts_with(scheme)) {
         return Ok(false);
@@ -48,16 +48,16 @@ fn check(document: &Path, text: &str, target: &str) -> Result<bool> {
         "" => document.to_owned(),
         path => document.parent().context("no directory")?.join(path),
     };
-    ensure!(file.exists(), "there is no {}", file.display());
+    ensure!(file.exists(), "The file {} does not exist.", file.display());
     if !anchor.is_empty() {
         let linked = if path.is_empty() { text.to_owned() } else { fs::read_to_string(&file)? };
-        ensure!(anchors(&linked).contains(anchor), "no such heading");
+        ensure!(anchors(&linked).contains(anchor), "The heading {anchor} does not exist.");
     }
     Ok(true)
 }
 
 #[test]
-fn relative_links_lead_somewhere() -> Result<()> {
+fn relative_links_have_targets() -> Result<()> {
     let mut checked = 0;
     for document in documents()? {
         let text = fs::read_to_string(&document)?;
@@ -68,18 +68,18 @@ fn relative_links_lead_somewhere() -> Result<()> {
             );
         }
     }
-    ensure!(checked > 5, "only {checked} links found: is this test still reading them?");
+    ensure!(checked > 5, "Only {checked} links were found.");
     Ok(())
 }
 
-/// What is between backquotes.
+/// Returns the texts between single backquotes.
 fn quoted(text: &str) -> impl Iterator<Item = &str> {
     text.split('`').skip(1).step_by(2)
 }
 
-/// Each row names files, and behind each the tests in it.
+/// Each row of the table lists files, and after each file the tests in it.
 #[test]
-fn every_promise_has_tests_that_are_there() -> Result<()> {
+fn every_promise_has_existing_tests() -> Result<()> {
     let text = fs::read_to_string(workspace().join("docs/security.md"))?;
     let (_, section) = text.split_once("## Promises and their tests").context("no such section")?;
     let section = section.split("\n## ").next().unwrap_or_default();
@@ -100,21 +100,22 @@ fn every_promise_has_tests_that_are_there() -> Result<()> {
                 source.as_ref().with_context(|| format!("{name}: of which file?"))?;
             let at =
                 source.find(&format!("fn {name}(")).with_context(|| format!("{file}: {name}"))?;
-            // What stands above it without a blank line.
+            // The attributes and comments of the function, up to a blank line.
             let above = source[..at].rsplit("\n\n").next().unwrap_or_default();
             // Test attributes may have options: #[tokio::test(flavor = "multi_thread")].
             let test = above.contains("test]") || above.contains("test(");
-            ensure!(test, "{file}: {name} is no test");
+            ensure!(test, "{file}: {name} is not a test.");
             found += 1;
         }
-        ensure!(found > 0, "no test for: {promise}");
+        ensure!(found > 0, "This promise has no test: {promise}");
         promises += 1;
     }
-    ensure!(promises > 10, "only {promises} promises found: is this test still reading them?");
+    ensure!(promises > 10, "Only {promises} promises were found.");
     Ok(())
 }
 
-/// Lines of source, tests left out, in which something that sounds like a secret meets `==` or `!=`.
+/// Returns the lines of a source, without its tests, that compare a word for a secret by `==` or
+/// `!=`.
 fn comparisons(source: &str) -> Vec<&str> {
     let code = source.split("#[cfg(test)]").next().unwrap_or_default().lines();
     let secret = |word: &str| {
@@ -168,11 +169,12 @@ fn secrets_are_compared_in_constant_time() -> Result<()> {
     for path in sources.iter().filter(|path| path.extension().is_some_and(|e| e == "rs")) {
         let source = fs::read_to_string(path)?;
         for line in comparisons(&source) {
-            ensure!(line == NO_COOKIE, "{}: {line}", path.display());
+            let is_known = line == NO_COOKIE;
+            ensure!(is_known, "{} compares a secret: {line}", path.display());
         }
         read += 1;
     }
-    ensure!(read > 15, "only {read} files: is this test still reading them?");
+    ensure!(read > 15, "Only {read} files were read.");
     let cookie = fs::read_to_string(workspace().join("agent/core/src/tunnel/cookie.rs"))?;
     ensure!(cookie.contains("constant_time::verify_slices_are_equal"));
     ensure!(comparisons("if mac == other {\n").len() == 1 && comparisons("a == b\n").is_empty());

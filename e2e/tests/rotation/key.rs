@@ -10,7 +10,7 @@ use skein_lab::checks;
 use skein_lab::{Family, Plan};
 
 /// Delay after each step, in which sessions of the old key are replaced.
-const SETTLE: Duration = Duration::from_secs(8);
+const STEP_DELAY: Duration = Duration::from_secs(8);
 
 fn stage(agent: &Agent) -> Result<String> {
     let status = agent.status()?;
@@ -24,11 +24,12 @@ fn reaches_stage(agent: &Agent, wanted: &str) -> Result<()> {
 /// Rotates the first node's key in the steps of an operator and returns its final record.
 fn change_key(agents: &mut [Agent]) -> Result<Record> {
     let asked = agents[0].run_command(&["rotate-key", "-o", "json"])?;
-    ensure!(asked.code == 0, "{}", asked.stderr);
+    ensure!(asked.code == 0, "rotate-key failed: {}", asked.stderr);
     let answer: Value = serde_json::from_str(&asked.stdout)?;
     let next = answer["keys"]["second"].as_str().context("no next key")?.to_owned();
     let again = agents[0].run_command(&["rotate-key"])?;
-    ensure!(again.code == 1 && again.stderr.contains("changed already"), "{}", again.stderr);
+    let is_refused = again.code == 1 && again.stderr.contains("changed already");
+    ensure!(is_refused, "A second rotate-key was not refused: {}", again.stderr);
 
     let old = agents[0].record.public_key.clone();
     let announced = Record { second_public_key: Some(next.clone()), ..agents[0].record.clone() };
@@ -44,14 +45,14 @@ fn change_key(agents: &mut [Agent]) -> Result<Record> {
         // The control process keeps the state of the rotation on disk, so it survives a kill.
         agents[0].kill_control();
         agents[0].start()?;
-        thread::sleep(SETTLE);
+        thread::sleep(STEP_DELAY);
     }
     reaches_stage(&agents[0], "steady")?;
     Ok(done)
 }
 
 #[test]
-fn a_key_is_changed_without_a_lost_packet() -> Result<()> {
+fn key_rotation_loses_no_packet() -> Result<()> {
     let mut cluster =
         Cluster::prepare(skein_lab::Lab::new(&Plan { nodes: 3, ..Plan::default() })?, Family::V4)?;
     for agent in &mut cluster.agents {
@@ -79,19 +80,23 @@ fn a_key_is_changed_without_a_lost_packet() -> Result<()> {
     })?;
     for outcome in outcomes {
         let outcome = outcome?;
-        ensure!(outcome.sent > 17_000, "{outcome:?}");
-        ensure!(outcome.received == outcome.sent && outcome.corrupt == 0, "{outcome:?}");
+        ensure!(outcome.sent > 17_000, "Only {} datagrams were sent.", outcome.sent);
+        let is_complete = outcome.received == outcome.sent && outcome.corrupt == 0;
+        ensure!(is_complete, "Datagrams were lost or corrupted: {outcome:?}");
     }
     let received = file.join()?;
-    println!("the transfer's longest stall: {received:?}");
+    println!("the transfer during the rotation: {received:?}");
 
     // No file of the old key remains, and the new key is active.
     let files = std::fs::read_dir(agents[0].records_directory().parent().context("none")?)?;
     let names: Vec<_> = files.flatten().map(|entry| entry.file_name()).collect();
-    ensure!(!names.iter().any(|name| name.to_string_lossy().contains(".key.")), "{names:?}");
+    let is_left = names.iter().any(|name| name.to_string_lossy().contains(".key."));
+    ensure!(!is_left, "A file of the rotation is left: {names:?}");
     let status = cluster.agents[0].status()?;
-    ensure!(status["public_key"] == record.public_key.as_str(), "{status}");
+    let (found, key) = (&status["public_key"], record.public_key.as_str());
+    ensure!(*found == key, "The public key is {found} instead of {key}.");
     let metrics = cluster.agents[0].metrics()?;
-    ensure!(metrics.sum("skein_key_rotation", &["stage=\"steady\""]) == 1.0, "{}", metrics.0);
+    let steady = metrics.sum("skein_key_rotation", &["stage=\"steady\""]);
+    ensure!(steady == 1.0, "The metric does not show the stage steady: {}", metrics.0);
     checks::all_reach_all(&cluster.lab)
 }
