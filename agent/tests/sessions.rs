@@ -106,7 +106,7 @@ impl Peer {
         }
         let mut sessions = self.engine.tables().flat_map(|(_, view)| &view.receive);
         let found = sessions.find(|session| session.local_index == header.receiver);
-        // A datagram of a session before the restart.
+        // Datagrams of a session before the restart are ignored.
         let Some(session) = found else { return };
         let opened = session.receiver(header.lane).unwrap().open(datagram);
         let (_, packet) = opened.unwrap();
@@ -251,10 +251,10 @@ fn live_sessions(count: u16, max_memory: u64) {
             println!("{count} sessions, {round} restarts: {:?}", began.elapsed());
             let states = document.report.unwrap().peers;
             let live = states.iter().filter(|peer| peer.state == PeerState::Established).count();
-            assert_eq!(live, usize::from(count), "{states:?}");
+            assert_eq!(live, usize::from(count), "Not all peers are established: {states:?}");
             let memory = resident_bytes(document.dataplane.pid.unwrap());
             println!("{} MiB resident", memory >> 20);
-            assert!(memory < max_memory, "{} MiB resident", memory >> 20);
+            assert!(memory < max_memory, "The data process uses {} MiB.", memory >> 20);
             for peer in &mut peers {
                 peer.restart(key.0.into(), now(start));
             }
@@ -267,7 +267,7 @@ fn live_sessions(count: u16, max_memory: u64) {
 fn exchange(path: &Path, peers: &mut [Peer], start: Instant) -> Document {
     let log = || std::fs::read_to_string(path.join("log")).unwrap();
     while !status(path).is_some_and(|document| document.ready) {
-        assert!(start.elapsed() < PROCESS_TIMEOUT, "not ready:\n{}", log());
+        assert!(start.elapsed() < PROCESS_TIMEOUT, "The agent is not ready:\n{}", log());
         std::thread::sleep(Duration::from_millis(20));
     }
     let service = UdpSocket::bind(SERVICE).unwrap();

@@ -89,7 +89,11 @@ impl Node {
             let ended = self.agents.last_mut().and_then(|agent| agent.exited().unwrap());
             let log = std::fs::read_to_string(self.path("log")).unwrap_or_default();
             let late = Instant::now() > deadline;
-            assert!(ended.is_none() && !late, "waited until {what}; {ended:?}; log:\n{log}");
+            assert!(
+                ended.is_none() && !late,
+                "The test waited until {what}, but the condition did not hold; exit status {ended:?}; \
+                 log:\n{log}"
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
     }
@@ -128,7 +132,7 @@ fn run_to_exit(command: &mut Command) -> (i32, String) {
 fn ip(arguments: &str) -> String {
     let output = finish(Command::new("ip").args(arguments.split_whitespace()));
     let output = output.expect("ip is missing: install the Debian package iproute2");
-    assert!(output.status.success(), "ip {arguments}: {output:?}");
+    assert!(output.status.success(), "`ip {arguments}` failed: {output:?}");
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
@@ -144,9 +148,9 @@ fn in_namespace(test: impl FnOnce() + Send) {
 /// Checks that the agent refuses to start: exit code, parts of the message, and no sockets left.
 fn assert_refused(node: &mut Node, code: i32, words: &[&str]) {
     let (found, message) = node.fail();
-    assert_eq!(found, code, "{message}");
+    assert_eq!(found, code, "The exit code is wrong: {message}");
     for word in words {
-        assert!(message.contains(word), "no {word:?} in {message}");
+        assert!(message.contains(word), "The message does not contain {word:?}: {message}");
     }
     assert!(!node.path("control.sock").exists() && !node.path("dataplane.sock").exists());
 }
@@ -350,11 +354,11 @@ fn deleted_interface_is_created_again() {
         });
         let deadline = Instant::now() + Duration::from_secs(30);
         while !ip("address show dev skein0").contains("10.244.1.1/32") {
-            assert!(Instant::now() < deadline, "no address");
+            assert!(Instant::now() < deadline, "The new interface has no address.");
             std::thread::sleep(Duration::from_millis(20));
         }
         let link = ip("-details link show skein0");
-        assert!(link.contains("LOWER_UP"), "the lanes are not attached: {link}");
+        assert!(link.contains("LOWER_UP"), "The lanes are not attached to the interface: {link}");
     });
 }
 
@@ -372,7 +376,7 @@ fn shutdown_and_cleanup_leave_nothing() {
         assert!(exists("skein0"), "The interface must stay for the next start.");
         for expected in ["removed interface skein0", "nothing to remove"] {
             let cleanup = node.output("cleanup --state");
-            assert!(cleanup.status.success(), "{cleanup:?}");
+            assert!(cleanup.status.success(), "cleanup failed: {cleanup:?}");
             assert!(String::from_utf8_lossy(&cleanup.stdout).contains(expected), "{cleanup:?}");
         }
         assert!(!exists("skein0") && !node.path("state").exists());
@@ -390,7 +394,7 @@ fn cleanup_removes_unfinished_interface() {
         let name = staged.name();
         create_persistent(name).unwrap();
         let cleanup = node.output("cleanup");
-        assert!(cleanup.status.success(), "{cleanup:?}");
+        assert!(cleanup.status.success(), "cleanup failed: {cleanup:?}");
         let message = String::from_utf8_lossy(&cleanup.stdout);
         assert!(message.contains(&format!("removed unfinished interface {name}")), "{message}");
         assert!(!exists(name));
@@ -404,7 +408,7 @@ fn cleanup_ends_running_data_process() {
         let pid = node.run().dataplane.pid.unwrap();
         node.signal(Signal::KILL);
         let cleanup = node.output("cleanup");
-        assert!(cleanup.status.success(), "{cleanup:?}");
+        assert!(cleanup.status.success(), "cleanup failed: {cleanup:?}");
         assert!(String::from_utf8_lossy(&cleanup.stdout).contains("removed data process"));
         let deadline = Instant::now() + Duration::from_secs(30);
         // The process is a zombie until its new parent waits for it.
@@ -429,7 +433,7 @@ fn hand_over_with_other_version_is_refused() {
             write_frame(&mut stream, &Request::TakeOver { version }).unwrap();
             let answer = read_frame::<Response>(&mut stream).unwrap().unwrap();
             let invalid = matches!(&answer, Response::Error { kind: ErrorKind::Invalid, .. });
-            assert!(invalid, "{answer:?}");
+            assert!(invalid, "The data process accepted version {version}: {answer:?}");
             write_frame(&mut stream, &Request::Report { peers: false }).unwrap();
             let answer = read_frame::<Response>(&mut stream).unwrap().unwrap();
             assert!(
@@ -448,7 +452,7 @@ fn keygen_and_pubkey_print_same_public_key() {
     let file = directory.path().join("key");
     let run = |arguments: &[&str]| finish(Command::new(AGENT).args(arguments).arg(&file)).unwrap();
     let public = run(&["keygen", "--out"]);
-    assert!(public.status.success(), "{public:?}");
+    assert!(public.status.success(), "keygen failed: {public:?}");
     assert_eq!(run(&["pubkey"]).stdout, public.stdout);
     let again = run(&["keygen", "--out"]);
     assert_eq!(again.status.code(), Some(5), "keygen must not overwrite a key.");
