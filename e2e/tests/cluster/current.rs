@@ -16,11 +16,11 @@ use skein_lab::process;
 /// Chart value that every installation sets.
 const POD_CIDR: &str = "podCidr=10.244.0.0/16";
 /// Maximum time of a rollout.
-const LIMIT: Duration = Duration::from_secs(120);
-/// Interval of the pings.
-const INTERVAL: Duration = Duration::from_millis(20);
+const ROLLOUT_TIMEOUT: Duration = Duration::from_secs(120);
+/// Interval between two pings.
+const PING_INTERVAL: Duration = Duration::from_millis(20);
 /// Time during which an upgrade with a wrong value must make no progress.
-const STANDSTILL: Duration = Duration::from_secs(20);
+const OBSERVATION_TIME: Duration = Duration::from_secs(20);
 
 /// Installs Skein on three nodes.
 fn with(work: impl FnOnce(&mut Kube, Vec<Pod>) -> Result<()>) -> Result<()> {
@@ -76,7 +76,7 @@ fn wait_for_rollout(kube: &mut Kube) -> Result<()> {
     let status = ["--namespace", NAMESPACE, "rollout", "status", "daemonset/skein"];
     kube.kubectl(&[&status[..], &["--timeout=120s"]].concat())?;
     let nodes = kube.nodes.len();
-    kube.wait("each node has one ready pod of Skein", LIMIT, |kube| {
+    kube.wait("each node has one ready pod of Skein", ROLLOUT_TIMEOUT, |kube| {
         let agents = agents(kube)?;
         Ok(agents.len() == nodes && agents.iter().all(|agent| agent.ready))
     })
@@ -87,7 +87,7 @@ fn wait_for_rollout(kube: &mut Kube) -> Result<()> {
 fn start_pings(kube: &Kube, pods: &[Pod]) -> Result<Vec<Pings>> {
     let next = pods.iter().cycle().skip(1);
     let pairs = pods.iter().zip(next);
-    let all = pairs.map(|(from, to)| from.start_pings(kube, to.ips[0], 60_000, INTERVAL));
+    let all = pairs.map(|(from, to)| from.start_pings(kube, to.ips[0], 60_000, PING_INTERVAL));
     let all = all.collect::<Result<_>>()?;
     thread::sleep(Duration::from_secs(1));
     Ok(all)
@@ -98,7 +98,7 @@ fn check_no_loss(what: &str, pings: Vec<Pings>) -> Result<()> {
     for (pair, pings) in pings.into_iter().enumerate() {
         let loss = pings.stop()?;
         println!("{what}, pair {}: {loss}", pair + 1);
-        ensure!(loss.lost == 0, "{what}: {loss}");
+        ensure!(loss.lost == 0, "{what}: Packets were lost: {loss}");
     }
     Ok(())
 }
@@ -121,20 +121,21 @@ fn stops(kube: &mut Kube, pods: &[Pod], (value, reason): (&str, &str)) -> Result
     let pings = start_pings(kube, pods)?;
     upgrade(kube, value)?;
     let mut new = None;
-    kube.wait(&format!("{value}: a new pod reports the reason"), LIMIT, |kube| {
+    kube.wait(&format!("{value}: a new pod reports the reason"), ROLLOUT_TIMEOUT, |kube| {
         new = agents(kube)?.into_iter().find(|agent| !old.iter().any(|old| old.name == agent.name));
         new.as_ref().map_or(Ok(false), |new| Ok(report(kube, &new.name)?.contains(reason)))
     })?;
     let name = new.context("no new pod")?.name;
-    thread::sleep(STANDSTILL);
+    thread::sleep(OBSERVATION_TIME);
     let now = agents(kube)?;
     let others: BTreeSet<_> = now.iter().filter(|agent| agent.name != name).cloned().collect();
-    ensure!(others == old, "{value}: the upgrade went on: {now:#?}");
-    ensure!(now.iter().all(|agent| agent.name != name || !agent.ready), "{value}: {name} is Ready");
+    ensure!(others == old, "{value}: The upgrade continued: {now:#?}");
+    let is_ready = now.iter().any(|agent| agent.name == name && agent.ready);
+    ensure!(!is_ready, "{value}: The pod {name} is Ready.");
     kube.wait_ready(&[0, 1, 2], true, Duration::ZERO)?;
     roll_back(kube)?;
     wait_for_rollout(kube)?;
-    ensure!(agents(kube)? == old, "{value}: the rollback replaced a pod");
+    ensure!(agents(kube)? == old, "{value}: The rollback replaced a pod.");
     check_no_loss(value, pings)
 }
 
@@ -191,20 +192,20 @@ fn applied_rendering_with_hooks_does_not_remove_skein() -> Result<()> {
             POD_CIDR,
         ];
         let objects = kube.helm(&words)?;
-        ensure!(objects.contains("kind: Job"), "the rendering has no Job");
+        ensure!(objects.contains("kind: Job"), "The rendered objects have no Job.");
         let file = kube.directory().join("rendered.yaml");
         std::fs::write(&file, objects)?;
         let pings = start_pings(kube, &pods)?;
         let file = file.to_string_lossy();
         kube.kubectl(&["apply", "--server-side", "--force-conflicts", "--filename", &file])?;
         let job = format!("--namespace={NAMESPACE}");
-        kube.wait("the Job has failed", LIMIT, |kube| {
+        kube.wait("the Job has failed", ROLLOUT_TIMEOUT, |kube| {
             let job = get(kube, &["job", "skein-cleanup", &job])?;
             let mut conditions = job["status"]["conditions"].as_array().into_iter().flatten();
             Ok(conditions.any(|of| of["type"] == "Failed" && of["status"] == "True"))
         })?;
         let log = kube.kubectl(&["logs", &job, "job/skein-cleanup"])?;
-        ensure!(log.contains("refused to uninstall"), "{log}");
+        ensure!(log.contains("refused to uninstall"), "The Job did not refuse: {log}");
         wait_for_rollout(kube)?;
         check_no_loss("rendered objects applied", pings)
     })
@@ -337,7 +338,7 @@ fn check(kube: &Kube, token: &str, request: &Request, accepted: bool) -> Result<
     let answer: Value = serde_json::from_str(&text)?;
     let what = format!("{resource} {name}{subresource}: {change}");
     match answer["kind"] == "Status" {
-        false => ensure!(accepted, "{what} was accepted"),
+        false => ensure!(accepted, "{what} was accepted."),
         true => {
             let message = answer["message"].as_str().unwrap_or_default();
             ensure!(!accepted, "{what} was refused: {message}");
@@ -366,7 +367,11 @@ fn dataplane_has_no_token(kube: &Kube) -> Result<()> {
             );
             let found = node.exec(&["sh", "-c", &format!("{count} 2>/dev/null | wc -l")])?;
             let found: usize = found.trim().parse()?;
-            ensure!(found.min(1) == expected, "{} on {}: {found}", argument, node.name());
+            let name = node.name();
+            ensure!(
+                found.min(1) == expected,
+                "{found} processes `skein-agent {argument}` on {name} have the token."
+            );
         }
     }
     Ok(())

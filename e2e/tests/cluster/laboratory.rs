@@ -14,7 +14,8 @@ use serde_json::json;
 use skein_cluster::{Kube, Options, programs, v4, v6};
 use skein_lab::{process, registry};
 
-const READY_LIMIT: Duration = Duration::from_secs(60);
+/// Maximum time until nodes are ready, or a pod runs.
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Installs Debian's reference plugins as the network of every node, without routes to other nodes.
 fn install_network(kube: &Kube) -> Result<()> {
@@ -70,17 +71,17 @@ fn on_cluster(options: &Options, test: impl FnOnce(&mut Kube) -> Result<()>) -> 
     let mut kube = Kube::up(options)?;
     let processes = processes_of(std::process::id());
     let outcome = test(&mut kube).with_context(|| kube.logs());
-    ensure!(processes.len() > 10, "what runs in the machines was not found: {processes:?}");
+    ensure!(processes.len() > 10, "Too few processes of the machines were found: {processes:?}");
     drop(kube);
     outcome?;
     let left = remains_of(std::process::id());
-    ensure!(left.is_empty(), "left behind: {left:?}");
+    ensure!(left.is_empty(), "The cluster left: {left:?}");
     let alive = |pid: &i32| Path::new(&format!("/proc/{pid}")).exists();
     let alive: Vec<_> = processes.into_iter().filter(alive).collect();
-    ensure!(alive.is_empty(), "still alive: {alive:?}");
+    ensure!(alive.is_empty(), "These processes still run: {alive:?}");
     let after = surroundings()?;
     let new: Vec<_> = after.difference(&before).collect();
-    ensure!(new.is_empty(), "new on this host: {new:?}");
+    ensure!(new.is_empty(), "The cluster left mounts or interfaces: {new:?}");
     Ok(())
 }
 
@@ -119,24 +120,24 @@ fn surroundings() -> Result<BTreeSet<String>> {
 #[ignore = "takes a cluster: cargo e2e cluster test"]
 fn nodes_become_ready_with_a_network_and_run_pods() -> Result<()> {
     on_cluster(&Options::default(), |kube| {
-        kube.wait_ready(&[0, 1], false, READY_LIMIT)?;
+        kube.wait_ready(&[0, 1], false, READY_TIMEOUT)?;
         kube.apply(&daemon_set())?;
         // Pods in the host network run without a network plugin.
-        kube.wait("a pod runs on each node", READY_LIMIT, |kube| Ok(running(kube)?.len() == 2))?;
+        kube.wait("a pod runs on each node", READY_TIMEOUT, |kube| Ok(running(kube)?.len() == 2))?;
         install_network(kube)?;
-        kube.wait_ready(&[0, 1], true, READY_LIMIT)?;
+        kube.wait_ready(&[0, 1], true, READY_TIMEOUT)?;
 
         let pods = running(kube)?;
         let nodes: BTreeSet<&str> = pods.iter().map(|(_, node)| node.as_str()).collect();
-        ensure!(nodes == BTreeSet::from(["node1", "node2"]), "the pods are on {nodes:?}");
+        ensure!(nodes == BTreeSet::from(["node1", "node2"]), "The pods are on {nodes:?}.");
         for (pod, node) in &pods {
             let name = kube.kubectl(&["exec", pod, "--", "hostname"])?;
-            ensure!(name.trim() == node, "{pod} on {node} says that it is on {name}");
+            ensure!(name.trim() == node, "The host name of {pod} on {node} is {name}.");
             let logs = kube.kubectl(&["logs", pod])?;
-            ensure!(logs == "here\n", "the log of {pod} is {logs:?}");
+            ensure!(logs == "here\n", "The log of {pod} is {logs:?}.");
         }
         pods_have_addresses_and_services(kube)?;
-        the_api_is_reached_from_elsewhere(kube)?;
+        the_api_is_reached_from_outside(kube)?;
         helm_installs(kube)
     })
 }
@@ -162,8 +163,8 @@ fn pods_have_addresses_and_services(kube: &mut Kube) -> Result<()> {
     kube.apply(&service.to_string())?;
     kube.kubectl(&["wait", "pod/web", "--for=condition=Ready", "--timeout=60s"])?;
     let address = kube.kubectl(&["get", "pod", "web", "--output=jsonpath={.status.podIP}"])?;
-    ensure!(address.starts_with("10.244.0."), "its address is {address:?}");
-    kube.wait("the Service answers on the node", READY_LIMIT, |kube| {
+    ensure!(address.starts_with("10.244.0."), "The address of the pod is {address:?}.");
+    kube.wait("the Service answers on the node", READY_TIMEOUT, |kube| {
         let answer = kube.nodes[0].exec(&["curl", "--silent", "--max-time", "2", "10.96.1.1"])?;
         Ok(answer == "hello\n")
     })
@@ -172,12 +173,12 @@ fn pods_have_addresses_and_services(kube: &mut Kube) -> Result<()> {
 
 /// Checks that a program outside of the cluster, such as an agent that is not a pod, reaches the
 /// API server.
-fn the_api_is_reached_from_elsewhere(kube: &Kube) -> Result<()> {
+fn the_api_is_reached_from_outside(kube: &Kube) -> Result<()> {
     let elsewhere = kube.attach("elsewhere", 200)?;
     let mut command = elsewhere.command(kube.program("kubectl"));
     command.arg("--kubeconfig").arg(kube.kubeconfig()).args(["get", "--raw=/readyz"]);
     let answer = process::run(&mut command)?;
-    ensure!(answer == "ok", "it says {answer:?}");
+    ensure!(answer == "ok", "The API server answers {answer:?}.");
     Ok(())
 }
 
@@ -191,33 +192,36 @@ fn helm_installs(kube: &Kube) -> Result<()> {
     let chart = chart.to_string_lossy();
     kube.helm(&["install", "tiny", &chart, "--set", "key=value", "--wait"])?;
     let value = kube.kubectl(&["get", "configmap", "tiny", "--output=jsonpath={.data.key}"])?;
-    ensure!(value == "value", "the chart's object has {value:?}");
+    ensure!(value == "value", "The object of the chart has the value {value:?}.");
     kube.helm(&["uninstall", "tiny"]).map(drop)
 }
 
 #[test]
 #[ignore = "takes a cluster: cargo e2e cluster test"]
-fn machines_lose_power_daemons_die_and_addresses_change() -> Result<()> {
+fn nodes_recover_from_power_loss_kills_and_new_addresses() -> Result<()> {
     on_cluster(&Options::default(), |kube| {
         install_network(kube)?;
         kube.apply(&daemon_set())?;
-        kube.wait_ready(&[0, 1], true, READY_LIMIT)?;
-        kube.wait("a pod runs on each node", READY_LIMIT, |kube| Ok(running(kube)?.len() == 2))?;
+        kube.wait_ready(&[0, 1], true, READY_TIMEOUT)?;
+        kube.wait("a pod runs on each node", READY_TIMEOUT, |kube| Ok(running(kube)?.len() == 2))?;
 
         // Files on the disk outlive a loss of power, processes and files in memory do not.
         let node = &mut kube.nodes[1];
         node.exec(&["touch", "/var/lib/kept", "/etc/kept", "/run/lost"])?;
         let pid = node.pid("kubelet")?.context("no kubelet")?;
         node.power_off();
-        ensure!(!Path::new(&format!("/proc/{pid}")).exists(), "the kubelet is still there");
-        ensure!(node.exec(&["true"]).is_err(), "a machine without power runs a command");
-        kube.wait_ready(&[1], false, READY_LIMIT)?;
+        ensure!(!Path::new(&format!("/proc/{pid}")).exists(), "The kubelet still runs.");
+        ensure!(node.exec(&["true"]).is_err(), "A machine without power runs a command.");
+        kube.wait_ready(&[1], false, READY_TIMEOUT)?;
         let node = &mut kube.nodes[1];
         node.power_on()?;
         node.exec(&["ls", "/var/lib/kept", "/etc/kept"])?;
-        ensure!(node.exec(&["ls", "/run/lost"]).is_err(), "memory outlived a loss of power");
-        kube.wait_ready(&[1], true, READY_LIMIT)?;
-        kube.wait("both pods answer", READY_LIMIT, |kube| {
+        ensure!(
+            node.exec(&["ls", "/run/lost"]).is_err(),
+            "A file in memory outlived a loss of power."
+        );
+        kube.wait_ready(&[1], true, READY_TIMEOUT)?;
+        kube.wait("both pods answer", READY_TIMEOUT, |kube| {
             let pods = running(kube)?;
             let answers =
                 pods.iter().all(|(pod, _)| kube.kubectl(&["exec", pod, "--", "true"]).is_ok());
@@ -227,30 +231,33 @@ fn machines_lose_power_daemons_die_and_addresses_change() -> Result<()> {
         let ping = ["ping", "-c", "1", "-W", "1", &v4(12).to_string()];
         kube.control.exec(&ping)?;
         kube.nodes[1].set_cable(false)?;
-        ensure!(kube.control.exec(&ping).is_err(), "an answer without a cable");
+        ensure!(kube.control.exec(&ping).is_err(), "A ping was answered without a cable.");
         kube.nodes[1].set_cable(true)?;
-        kube.wait("an answer", READY_LIMIT, |kube| kube.control.exec(&ping).map(|_| true))?;
+        kube.wait("an answer", READY_TIMEOUT, |kube| kube.control.exec(&ping).map(|_| true))?;
 
         kube.stop_api_server()?;
-        ensure!(kube.kubectl(&["get", "nodes"]).is_err(), "the API server answers");
+        ensure!(kube.kubectl(&["get", "nodes"]).is_err(), "The stopped API server answers.");
         kube.start_api_server()?;
-        kube.wait_ready(&[0, 1], true, READY_LIMIT)?;
+        kube.wait_ready(&[0, 1], true, READY_TIMEOUT)?;
 
         // Containers continue to run when containerd is killed.
         let before = containers(kube)?;
         kube.nodes[0].kill("containerd")?;
         kube.nodes[0].start("containerd")?;
         kube.nodes[0].restart("kubelet")?;
-        kube.wait_ready(&[0], true, READY_LIMIT)?;
+        kube.wait_ready(&[0], true, READY_TIMEOUT)?;
         let after = containers(kube)?;
-        ensure!(!before.is_empty() && before == after, "containers were {before:?}, are {after:?}");
+        ensure!(
+            !before.is_empty() && before == after,
+            "The containers changed: {before:?} to {after:?}."
+        );
 
         kube.nodes[0].readdress(50)?;
-        kube.wait("the node's new address", READY_LIMIT, |kube| {
+        kube.wait("the node's new address", READY_TIMEOUT, |kube| {
             let path = "--output=jsonpath={.status.addresses[?(@.type=='InternalIP')].address}";
             Ok(kube.kubectl(&["get", "node", "node1", path])? == v4(50).to_string())
         })?;
-        kube.wait("the kubelet answers at its new address", READY_LIMIT, |kube| {
+        kube.wait("the kubelet answers at its new address", READY_TIMEOUT, |kube| {
             let pods = running(kube)?;
             let (pod, _) = pods.iter().find(|(_, node)| node == "node1").context("no pod")?;
             Ok(kube.kubectl(&["logs", pod])? == "here\n")
@@ -267,12 +274,12 @@ fn containers(kube: &Kube) -> Result<BTreeSet<String>> {
 
 #[test]
 #[ignore = "takes a cluster: cargo e2e cluster test"]
-fn dual_stack_gives_nodes_ranges_and_services_addresses_of_both_families() -> Result<()> {
+fn dual_stack_nodes_and_services_have_both_families() -> Result<()> {
     on_cluster(&Options { nodes: 1, dual_stack: true, ..Options::default() }, |kube| {
         let of_node = |kube: &Kube, path: &str| {
             kube.kubectl(&["get", "node", "node1", &format!("--output=jsonpath={path}")])
         };
-        kube.wait("two pod ranges", READY_LIMIT, |kube| {
+        kube.wait("two pod ranges", READY_TIMEOUT, |kube| {
             let ranges = of_node(kube, "{.spec.podCIDRs[*]}")?;
             let mut ranges = ranges.split(' ');
             let starts = |range: Option<&str>, with| range.is_some_and(|r| r.starts_with(with));
@@ -280,7 +287,7 @@ fn dual_stack_gives_nodes_ranges_and_services_addresses_of_both_families() -> Re
         })?;
         let addresses = of_node(kube, "{.status.addresses[?(@.type=='InternalIP')].address}")?;
         let expected = format!("{} {}", v4(11), v6(11));
-        ensure!(addresses == expected, "its addresses are {addresses:?}, not {expected:?}");
+        ensure!(addresses == expected, "The node has {addresses:?} instead of {expected:?}.");
         let service = json!({
             "apiVersion": "v1", "kind": "Service", "metadata": { "name": "both" },
             "spec": { "ipFamilyPolicy": "RequireDualStack", "ports": [{ "port": 80 }] },
@@ -289,7 +296,7 @@ fn dual_stack_gives_nodes_ranges_and_services_addresses_of_both_families() -> Re
         let path = "--output=jsonpath={.spec.clusterIPs[*]}";
         let addresses = kube.kubectl(&["get", "service", "both", path])?;
         let families: Vec<bool> = addresses.split(' ').map(|a| a.contains(':')).collect();
-        ensure!(families == [false, true], "its addresses are {addresses:?}");
+        ensure!(families == [false, true], "The Service has the addresses {addresses:?}.");
         Ok(())
     })
 }
@@ -301,31 +308,32 @@ fn ended_by(signal: Signal) -> Result<()> {
         .stdout(Stdio::piped())
         .spawn()?;
     let output = BufReader::new(child.stdout.take().context("no output")?);
-    let told = output.lines().map_while(Result::ok).any(|line| line.starts_with("Ctrl-C"));
+    let is_up = output.lines().map_while(Result::ok).any(|line| line.starts_with("Ctrl-C"));
     let processes = processes_of(child.id());
     let pid = Pid::from_raw(child.id().cast_signed()).context("no process id")?;
     kill_process(pid, signal)?;
     let status = child.wait()?;
-    ensure!(told && processes.len() > 5, "it was not up: {status}, {processes:?}");
+    let is_complete = is_up && processes.len() > 5;
+    ensure!(is_complete, "The cluster was not up: {status}, {processes:?}");
     if signal == Signal::KILL {
         // After SIGKILL, the next run cleans up.
         registry::sweep();
     }
     let left = remains_of(child.id());
-    ensure!(left.is_empty(), "left behind: {left:?}");
+    ensure!(left.is_empty(), "The cluster left: {left:?}");
     let alive = processes_of(child.id());
-    ensure!(alive.is_empty(), "still alive: {alive:?}");
+    ensure!(alive.is_empty(), "These processes still run: {alive:?}");
     Ok(())
 }
 
 #[test]
 #[ignore = "takes a cluster: cargo e2e cluster test"]
-fn an_interrupted_cluster_leaves_nothing() -> Result<()> {
+fn interrupted_cluster_leaves_nothing() -> Result<()> {
     ended_by(Signal::INT)
 }
 
 #[test]
 #[ignore = "takes a cluster: cargo e2e cluster test"]
-fn a_killed_cluster_is_cleaned_up_by_the_next_run() -> Result<()> {
+fn killed_cluster_is_cleaned_up_by_the_next_run() -> Result<()> {
     ended_by(Signal::KILL)
 }

@@ -10,15 +10,15 @@ use skein_cluster::{Kube, Options};
 use skein_lab::agent::binary;
 use skein_lab::process;
 
-use crate::skein::{READY_LIMIT, skeinnode};
+use crate::skein::{READY_TIMEOUT, skeinnode};
 
 #[test]
 #[ignore = "takes a cluster: cargo e2e cluster test"]
-fn operators_see_who_reaches_whom_and_who_is_silent() -> Result<()> {
+fn connectivity_test_and_conditions_show_unreachable_node() -> Result<()> {
     skein::with(&Options::default(), &[], |kube, pods| {
         wait_until_all_reach_all(kube, &pods, Duration::from_secs(10))?;
-        all_pairs_are_well(kube)?;
-        a_node_falls_silent(kube, &pods)
+        check_that_all_pairs_pass(kube)?;
+        check_with_a_silent_node(kube, &pods)
     })
 }
 
@@ -34,29 +34,31 @@ fn connectivity(kube: &Kube) -> Result<(i32, Value)> {
 /// Returns the 16 pairs of the matrix of two nodes and two pods: prober, target, and success.
 fn pairs(matrix: &Value) -> Result<Vec<(String, String, bool)>> {
     for missing in ["silent", "absent"] {
-        ensure!(matrix[missing].as_object().is_some_and(|all| all.is_empty()), "{matrix}");
+        let is_empty = matrix[missing].as_object().is_some_and(|all| all.is_empty());
+        ensure!(is_empty, "Some probers are {missing}: {matrix}");
     }
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let pairs = matrix["pairs"].as_array().into_iter().flatten();
     let pairs = pairs.map(|pair| (text(&pair["from"]), text(&pair["to"]), pair["ok"] == true));
     let pairs = Vec::from_iter(pairs);
-    ensure!(pairs.len() == 16, "{} pairs: {matrix}", pairs.len());
+    ensure!(pairs.len() == 16, "The matrix has {} pairs instead of 16: {matrix}", pairs.len());
     Ok(pairs)
 }
 
-fn all_pairs_are_well(kube: &mut Kube) -> Result<()> {
+fn check_that_all_pairs_pass(kube: &mut Kube) -> Result<()> {
     let start = Instant::now();
     let (code, matrix) = connectivity(kube)?;
     let all = pairs(&matrix)?;
     println!("connectivity-test: {} pairs in {:.1} s", all.len(), start.elapsed().as_secs_f64());
-    ensure!(code == 0 && all.iter().all(|pair| pair.2), "{code}: {matrix}");
+    let all_pass = all.iter().all(|pair| pair.2);
+    ensure!(code == 0 && all_pass, "Not all pairs pass (exit code {code}): {matrix}");
     for pair in matrix["pairs"].as_array().into_iter().flatten() {
         // Pods get ICMP and UDP probes of two sizes and a TCP probe, nodes only the ICMP probes.
         let probes =
             if pair["to"].as_str().is_some_and(|to| to.starts_with("pod@")) { 5 } else { 2 };
-        ensure!(pair["probed"] == probes, "{pair}");
+        ensure!(pair["probed"] == probes, "The pair was not probed {probes} times: {pair}");
     }
-    kube.wait("nothing of the test is left", READY_LIMIT, |kube| {
+    kube.wait("the objects of the test are removed", READY_TIMEOUT, |kube| {
         let left = kube.kubectl(&["get", "pods,configmaps", "--output=name"])?;
         Ok(!left.contains("skein-connectivity"))
     })?;
@@ -64,7 +66,7 @@ fn all_pairs_are_well(kube: &mut Kube) -> Result<()> {
 }
 
 /// Drops all datagrams that the second node receives, but not those that it sends.
-fn a_node_falls_silent(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
+fn check_with_a_silent_node(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     let reachable = |kube: &Kube, name: &str| -> Result<Value> {
         let node = skeinnode(kube, name)?;
         let conditions = node["status"]["conditions"].as_array().cloned().unwrap_or_default();
@@ -75,41 +77,44 @@ fn a_node_falls_silent(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
         let is = |name| Ok::<_, anyhow::Error>(reachable(kube, name)?["status"] == status);
         Ok(is("node1")? && is("node2")?)
     };
-    kube.wait("both nodes reach each other", READY_LIMIT, |kube| both(kube, "True"))?;
+    kube.wait("both nodes reach each other", READY_TIMEOUT, |kube| both(kube, "True"))?;
     // A node detects an unreachable peer only if it sends to this peer.
     let pings = pods[0].start_pings(kube, pods[1].ips[0], 1800, Duration::from_millis(50))?;
     let rules = "table inet silent { chain input { type filter hook input priority 0; \
                  udp dport 51900 drop; }; }";
     kube.nodes[1].exec(&["nft", rules])?;
     let start = Instant::now();
-    let took = kube.wait("both nodes' metrics say so", READY_LIMIT, |kube| {
+    let took = kube.wait("both nodes' metrics count the peer", READY_TIMEOUT, |kube| {
         kube.nodes.iter().try_fold(true, |all, node| {
             let silent = skein::metrics(node)?.sum("skein_peers_unreachable", &[]);
             Ok(all && silent == 1.0)
         })
     })?;
-    println!("both nodes' metrics say so after {:.1} s", took.as_secs_f64());
-    kube.wait("both nodes' records say so", READY_LIMIT, |kube| both(kube, "False"))?;
+    println!("both nodes' metrics count the peer after {:.1} s", took.as_secs_f64());
+    kube.wait("PeersReachable is False on both nodes", READY_TIMEOUT, |kube| both(kube, "False"))?;
     println!("PeersReachable is False on both after {:.1} s", start.elapsed().as_secs_f64());
     for (name, other) in [("node1", "node2"), ("node2", "node1")] {
         let condition = reachable(kube, name)?;
         println!("{name}: {condition}");
         let message = condition["message"].as_str().unwrap_or_default();
-        ensure!(message.starts_with(&format!("{other} (")), "{condition}");
+        let is_named = message.starts_with(&format!("{other} ("));
+        ensure!(is_named, "The condition of {name} does not name {other}: {condition}");
     }
     let (code, matrix) = connectivity(kube)?;
     for (from, to, ok) in pairs(&matrix)? {
         let node = |name: &str| name.split('@').next_back().map(str::to_owned);
-        ensure!(ok == (node(&from) == node(&to)), "{from} to {to}: {matrix}");
+        let is_local = node(&from) == node(&to);
+        ensure!(ok == is_local, "{from} to {to} passes: {ok}, expected {is_local}: {matrix}");
     }
     let probes = matrix["pairs"].as_array().into_iter().flatten();
     let protocols = probes.flat_map(|pair| pair["probes"].as_array().into_iter().flatten());
     let protocols: BTreeSet<_> = protocols.filter_map(|probe| probe["protocol"].as_str()).collect();
-    ensure!(protocols == BTreeSet::from(["icmp", "tcp", "udp"]), "{protocols:?}");
-    ensure!(code == 1, "code {code}: {matrix}");
+    ensure!(protocols == BTreeSet::from(["icmp", "tcp", "udp"]), "The probes use {protocols:?}.");
+    ensure!(code == 1, "The exit code is {code} instead of 1: {matrix}");
     kube.nodes[1].exec(&["nft", "delete table inet silent"])?;
-    let took = kube.wait("all is well again", READY_LIMIT * 2, |kube| both(kube, "True"))?;
-    println!("and True again {:.1} s after it is over", took.as_secs_f64());
+    let took =
+        kube.wait("both nodes reach each other", READY_TIMEOUT * 2, |kube| both(kube, "True"))?;
+    println!("and True again {:.1} s after the end of the fault", took.as_secs_f64());
     pings.end()?;
     wait_until_all_reach_all(kube, pods, Duration::from_secs(10)).map(drop)
 }

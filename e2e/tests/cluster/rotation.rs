@@ -7,13 +7,13 @@ use serde_json::Value;
 use skein_cluster::skein::{self, agent_pod, wait_until_all_reach_all};
 use skein_cluster::{Kube, Options};
 
-use crate::skein::{READY_LIMIT, skeinnode};
+use crate::skein::{READY_TIMEOUT, skeinnode};
 
 /// Rotates one key by a command and one because of its age. Before each of two steps, the agents
 /// wait for five minutes, after which all nodes have read the record.
 #[test]
 #[ignore = "takes a cluster: cargo e2e cluster test"]
-fn keys_change_without_a_loss() -> Result<()> {
+fn rotation_of_keys_loses_no_packet() -> Result<()> {
     skein::with(&Options::default(), &["keyRotation.everyDays=1"], |kube, pods| {
         wait_until_all_reach_all(kube, &pods, Duration::from_secs(10))?;
         let spec =
@@ -35,22 +35,22 @@ fn keys_change_without_a_loss() -> Result<()> {
             each.try_fold(true, |all, (name, old)| Ok(all && keys(&spec(kube, name)?, old)))
         };
         let limit = Duration::from_secs(330);
-        kube.wait("the next keys are in the records", READY_LIMIT, |kube| {
+        kube.wait("the next keys are in the records", READY_TIMEOUT, |kube| {
             are(kube, &|spec, old| spec["publicKey"] == *old && spec["secondPublicKey"].is_string())
         })?;
         println!("the next keys are in the records after {:.0} s", start.elapsed().as_secs_f64());
-        kube.wait("the next keys are in force", limit, |kube| {
+        kube.wait("the next keys are active", limit, |kube| {
             are(kube, &|spec, old| spec["publicKey"] != *old && spec["secondPublicKey"] == *old)
         })?;
-        println!("they are in force after {:.0} s", start.elapsed().as_secs_f64());
-        kube.wait("the old keys are given up", limit, |kube| {
+        println!("the next keys are active after {:.0} s", start.elapsed().as_secs_f64());
+        kube.wait("the old keys are removed", limit, |kube| {
             are(kube, &|spec, old| spec["publicKey"] != *old && spec["secondPublicKey"].is_null())
         })?;
-        println!("the old ones are given up after {:.0} s", start.elapsed().as_secs_f64());
+        println!("the old keys are removed after {:.0} s", start.elapsed().as_secs_f64());
         let (sent, received) = pings.end()?;
-        println!("meanwhile {} of {sent} pings (one each 100 ms) were lost", sent - received);
+        println!("{} of {sent} pings (one per 100 ms) were lost", sent - received);
         // On a busy host, an answer may be late.
-        ensure!(sent - received <= 2, "{received} of {sent}");
+        ensure!(sent - received <= 2, "Only {received} of {sent} pings were answered.");
         wait_until_all_reach_all(kube, &pods, Duration::from_secs(10)).map(drop)
     })
 }

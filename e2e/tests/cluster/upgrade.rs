@@ -13,9 +13,9 @@ use skein_cluster::skein::{self, NAMESPACE, Pod, agent_pod, wait_until_all_reach
 use skein_cluster::{Kube, Options};
 
 /// Maximum time of an operation of kubelet.
-const LIMIT: Duration = Duration::from_secs(90);
-/// Interval of the pings.
-const INTERVAL: Duration = Duration::from_millis(10);
+const KUBELET_TIMEOUT: Duration = Duration::from_secs(90);
+/// Interval between two pings.
+const PING_INTERVAL: Duration = Duration::from_millis(10);
 /// Name of the second pod, and of its ConfigMap.
 const NEXT: &str = "skein-next";
 
@@ -27,8 +27,8 @@ fn second_pod_takes_over_only_where_it_fits() -> Result<()> {
         for wrong in &WRONG {
             wrong_value_takes_nothing_over(kube, &pods, wrong)?;
         }
-        for moment in MOMENTS {
-            deleted_pod_gives_the_node_back(kube, &pods, Duration::from_millis(moment))?;
+        for delay in DELETION_DELAYS_MS {
+            deleted_pod_gives_the_node_back(kube, &pods, Duration::from_millis(delay))?;
         }
         for delay in [0, 1, 3, 10] {
             upgrade_and_rollback(kube, &pods, Duration::from_secs(delay))?;
@@ -70,14 +70,14 @@ const WRONG: [Wrong; 3] = [
 ];
 
 /// Times between the start and the deletion of a pod, milliseconds.
-const MOMENTS: [u64; 8] = [0, 300, 600, 1000, 1500, 2500, 4000, 8000];
+const DELETION_DELAYS_MS: [u64; 8] = [0, 300, 600, 1000, 1500, 2500, 4000, 8000];
 
 fn get(kube: &Kube, what: &[&str]) -> Result<Value> {
     let words = [&["--namespace", NAMESPACE, "get", "--output=json"], what].concat();
     Ok(serde_json::from_str(&kube.kubectl(&words)?)?)
 }
 
-/// Makes a second pod on the first node, with a changed configuration.
+/// Creates a second pod on the first node, with a changed configuration.
 fn start_next(kube: &Kube, change: impl FnOnce(String) -> String) -> Result<()> {
     let text = get(kube, &["configmap", "skein"])?["data"]["agent.toml"].clone();
     let text = text.as_str().context("no agent.toml")?.to_owned();
@@ -109,7 +109,7 @@ fn is_ready(kube: &Kube, pod: &str) -> Result<bool> {
 }
 
 /// Returns the state of the second pod's agent, and the text of its events.
-fn told(kube: &Kube) -> Result<(Value, String)> {
+fn state_and_events(kube: &Kube) -> Result<(Value, String)> {
     let pod = get(kube, &["pod", NEXT])?;
     let statuses = pod["status"]["containerStatuses"].as_array().cloned().unwrap_or_default();
     let agent = statuses.into_iter().find(|status| status["name"] == "agent").unwrap_or_default();
@@ -121,10 +121,10 @@ fn told(kube: &Kube) -> Result<(Value, String)> {
 fn wrong_value_takes_nothing_over(kube: &mut Kube, pods: &[Pod], wrong: &Wrong) -> Result<()> {
     let Wrong { line, instead, code, reason } = *wrong;
     let old = agent_pod(kube, 0)?;
-    let pings = pods[0].start_pings(kube, pods[1].ips[0], 60_000, INTERVAL)?;
+    let pings = pods[0].start_pings(kube, pods[1].ips[0], 60_000, PING_INTERVAL)?;
     start_next(kube, |text| text.replace(line, instead))?;
-    kube.wait(&format!("{instead}: the pod says why"), LIMIT, |kube| {
-        let (agent, events) = told(kube)?;
+    kube.wait(&format!("{instead}: the pod reports the reason"), KUBELET_TIMEOUT, |kube| {
+        let (agent, events) = state_and_events(kube)?;
         let ended = [&agent["lastState"]["terminated"], &agent["state"]["terminated"]];
         let mut messages = ended.iter().map(|ended| ended["message"].to_string());
         Ok(match code {
@@ -136,52 +136,52 @@ fn wrong_value_takes_nothing_over(kube: &mut Kube, pods: &[Pod], wrong: &Wrong) 
         })
     })?;
     thread::sleep(Duration::from_secs(5));
-    ensure!(!is_ready(kube, NEXT)?, "{instead}: the pod is Ready");
-    ensure!(is_ready(kube, &old)?, "{instead}: the old pod is not Ready");
+    ensure!(!is_ready(kube, NEXT)?, "{instead}: The new pod is Ready.");
+    ensure!(is_ready(kube, &old)?, "{instead}: The old pod is not Ready.");
     let node = skein::page(&kube.nodes[0], "/readyz")?;
-    ensure!(node.status == 200, "{instead}: {}", node.body);
+    ensure!(node.status == 200, "{instead}: The node is not ready: {}", node.body);
     delete_next(kube)?;
-    ensure!(is_ready(kube, &old)?, "{instead}: the old pod is not Ready any more");
+    ensure!(is_ready(kube, &old)?, "{instead}: The old pod is no longer Ready.");
     let loss = pings.stop()?;
     println!("{instead}: {loss}");
-    ensure!(loss.lost == 0, "{instead}: {loss}");
+    ensure!(loss.lost == 0, "{instead}: Packets were lost: {loss}");
     Ok(())
 }
 
 fn deleted_pod_gives_the_node_back(kube: &mut Kube, pods: &[Pod], moment: Duration) -> Result<()> {
     let old = agent_pod(kube, 0)?;
-    let pings = pods[0].start_pings(kube, pods[1].ips[0], 60_000, INTERVAL)?;
+    let pings = pods[0].start_pings(kube, pods[1].ips[0], 60_000, PING_INTERVAL)?;
     start_next(kube, |text| text)?;
     thread::sleep(moment);
     delete_next(kube)?;
-    kube.wait("the old pod has the node", LIMIT, |kube| {
+    kube.wait("the old pod has the node", KUBELET_TIMEOUT, |kube| {
         Ok(skein::page(&kube.nodes[0], "/readyz").is_ok_and(|page| page.status == 200))
     })?;
     let loss = pings.stop()?;
     println!("deleted after {} ms: {loss}", moment.as_millis());
-    ensure!(loss.lost == 0, "deleted after {moment:?}: {loss}");
-    ensure!(is_ready(kube, &old)?, "the old pod is not Ready");
+    ensure!(loss.lost == 0, "Deletion after {moment:?} lost packets: {loss}");
+    ensure!(is_ready(kube, &old)?, "The old pod is not Ready.");
     Ok(())
 }
 
 /// Checks that the successor of the old pod takes over from a pod that is being deleted.
 fn upgrade_and_rollback(kube: &mut Kube, pods: &[Pod], delay: Duration) -> Result<()> {
-    let pings = pods[0].start_pings(kube, pods[1].ips[0], 60_000, INTERVAL)?;
+    let pings = pods[0].start_pings(kube, pods[1].ips[0], 60_000, PING_INTERVAL)?;
     start_next(kube, |text| text)?;
     let wait = ["--namespace", NAMESPACE, "wait", "--for=condition=Ready", "--timeout=90s", "pod"];
     kube.kubectl(&[&wait[..], &[NEXT]].concat())?;
     let old = agent_pod(kube, 0)?;
     kube.kubectl(&["--namespace", NAMESPACE, "delete", "pod", &old, "--wait=false"])?;
     thread::sleep(delay);
-    kube.wait("the DaemonSet has another pod there", LIMIT, |kube| {
+    kube.wait("the DaemonSet has another pod there", KUBELET_TIMEOUT, |kube| {
         Ok(agent_pod(kube, 0).is_ok_and(|name| !name.is_empty() && name != old))
     })?;
     let last = agent_pod(kube, 0)?;
     kube.kubectl(&[&wait[..], &[&last]].concat())?;
     delete_next(kube)?;
     let loss = pings.stop()?;
-    println!("upgrade, and back after {} s: {loss}", delay.as_secs());
-    ensure!(loss.lost == 0, "{delay:?}: {loss}");
-    ensure!(is_ready(kube, &last)?, "the last pod is not Ready");
+    println!("upgrade, and rollback after {} s: {loss}", delay.as_secs());
+    ensure!(loss.lost == 0, "A rollback after {delay:?} lost packets: {loss}");
+    ensure!(is_ready(kube, &last)?, "The last pod is not Ready.");
     Ok(())
 }
