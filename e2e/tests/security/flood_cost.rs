@@ -1,5 +1,5 @@
-//! Throughput of a connection during each kind of flood, compared with its throughput during the same
-//! flood to receivers that discard it. The difference is Skein's share of the cost.
+//! Throughput of a connection during each kind of flood, compared with its throughput during the
+//! same flood to receivers that discard it. The difference is Skein's share of the cost.
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::thread;
@@ -19,16 +19,17 @@ use crate::floods::{
 };
 use crate::overheard::{DATA, listens, overheard};
 
-/// Rounds of all floods. The figures are medians.
+/// Number of rounds of all floods. The figures are medians over the rounds.
 const ROUNDS: usize = 3;
 /// Duration of each flood.
-const FLOOD: Duration = Duration::from_secs(2);
+const FLOOD_DURATION: Duration = Duration::from_secs(2);
 /// Duration of the measurement without a flood before each flood.
-const ALONE: Duration = Duration::from_millis(1000);
-/// Ports of the two receivers that discard floods.
+const BASELINE_DURATION: Duration = Duration::from_millis(1000);
+/// Port of the socket without a reader.
 const UNREAD_PORT: u16 = PORT + 1;
+/// Port of the receiver that reads and discards datagrams.
 const SINK_PORT: u16 = PORT + 2;
-/// Address to which the attacker's own kernel drops everything.
+/// Destination for which the attacker's own kernel drops all datagrams.
 const NOWHERE: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(203, 0, 113, 1), PORT);
 /// Minimum throughput during a flood of the overlay's port, as a share of the throughput during the
 /// same flood to a receiver that discards it. The documented figures are higher; the bound allows
@@ -42,10 +43,11 @@ struct Flood<'a> {
     datagrams: &'a [Vec<u8>],
     /// Throughput during the flood as a share of the throughput without it.
     ratios: Vec<f64>,
-    /// Datagrams per second.
+    /// Rate of the flood, datagrams per second.
     rates: Vec<f64>,
-    /// CPU time of the data process's lanes and of its manager, seconds per second.
+    /// CPU time of the data process's lanes, seconds per second.
     lanes: Vec<f64>,
+    /// CPU time of the data process's session manager, seconds per second.
     manager: Vec<f64>,
 }
 
@@ -55,10 +57,10 @@ impl<'a> Flood<'a> {
         Self { name, to, datagrams, ratios, rates, lanes, manager }
     }
 
-    /// Sends the flood and measures it and the connection.
-    /// Returns the throughput without the flood, megabytes per second.
+    /// Measures the connection without the flood, then sends the flood and measures both. Returns the
+    /// throughput without the flood, megabytes per second.
     fn measure(&mut self, established: &Established, pid: i32) -> Result<f64> {
-        let alone = established.alone(ALONE)?;
+        let alone = established.alone(BASELINE_DURATION)?;
         let cpu = || -> Result<[f64; 2]> {
             let threads = thread_cpu_seconds(pid)?;
             let of = |name| {
@@ -70,7 +72,7 @@ impl<'a> Flood<'a> {
         let before = cpu()?;
         let (beside, sent) = established.during(|| {
             let mut sent = FloodStats::default();
-            while sent.seconds < FLOOD.as_secs_f64() {
+            while sent.seconds < FLOOD_DURATION.as_secs_f64() {
                 let source = |number| spoofed_source([198, 18], sent.datagrams + number);
                 let part = Duration::from_millis(200);
                 let more = self.to.send(self.datagrams, u64::MAX, part, source)?;
@@ -83,7 +85,7 @@ impl<'a> Flood<'a> {
         self.rates.push(sent.rate());
         self.lanes.push((after[0] - before[0]) / sent.seconds);
         self.manager.push((after[1] - before[1]) / sent.seconds);
-        // The rest of the flood leaves the queues.
+        // The pause lets the queues drain.
         thread::sleep(Duration::from_millis(200));
         Ok(alone)
     }
@@ -99,7 +101,8 @@ fn median(values: &[f64]) -> f64 {
     sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// Data datagrams of the session with this index that do not decrypt, as long as an initiation.
+/// Creates data datagrams with the receiver index `session` that do not decrypt. `length` is their
+/// size in bytes.
 fn forged_data(session: &[u8], length: usize) -> Vec<Vec<u8>> {
     let mut random = Pattern::new(6);
     let one = |_| {
@@ -134,7 +137,7 @@ fn floods_cost_little_more_than_a_receiver_that_discards() -> Result<()> {
     // The other end drops frames to a hardware address that it does not have.
     stranger.ip(&format!("neigh add {} lladdr 02:00:00:00:00:01 dev nowhere", NOWHERE.ip()))?;
     let node = &lab.nodes[1].ns;
-    // As for the overlay's port.
+    // The agent exempts the overlay's port from connection tracking in the same way.
     node.nft(&format!(
         "add table inet discarded\n\
          add chain inet discarded in {{ type filter hook prerouting priority raw ; }}\n\
@@ -165,7 +168,7 @@ fn floods_cost_little_more_than_a_receiver_that_discards() -> Result<()> {
     }
     established.end()?;
     let discarded = sink.stop()?;
-    ensure!(discarded > 10_000, "the receiver that discards has received {discarded} messages");
+    ensure!(discarded > 10_000, "The discarding receiver received only {discarded} messages.");
 
     let sink_ratio = floods[2].ratio();
     println!("alone: {:.0} MB/s", median(&alone));
@@ -186,7 +189,7 @@ fn floods_cost_little_more_than_a_receiver_that_discards() -> Result<()> {
         let share = flood.ratio() / sink_ratio;
         ensure!(
             share >= MIN_SHARE_OF_SINK,
-            "{}: {share:.2} of the throughput with a receiver that discards",
+            "{}: The throughput is only {share:.2} of that with the discarding receiver.",
             flood.name
         );
     }

@@ -16,6 +16,7 @@ use skein_lab::agent::{Agent, Cluster, Metrics, PORT};
 use skein_lab::load::flood::{FloodSender, FloodStats, spoofed_source};
 use skein_lab::load::pattern::Pattern;
 use skein_lab::load::progress::FlowProgress;
+use skein_lab::load::retry_bind;
 use skein_lab::load::transfer::Transfer;
 use skein_lab::process::{resident_bytes, thread_cpu_seconds};
 use skein_lab::{Family, Lab, Netns, Offloads, Plan, checks};
@@ -295,7 +296,7 @@ pub(crate) fn stranger_of_many_addresses(lab: &Lab) -> Result<(Netns, UdpSocket)
     stranger.ip("route add local 198.18.0.0/16 dev lo")?;
     lab.nodes[1].ns.ip("route add 198.18.0.0/16 via 192.0.2.200")?;
     // Answers go to the port that an initiation names; the socket prevents ICMP errors.
-    let sink = stranger.run(|| UdpSocket::bind(("0.0.0.0", PORT)))??;
+    let sink = stranger.run(|| retry_bind(|| UdpSocket::bind(("0.0.0.0", PORT))))??;
     Ok((stranger, sink))
 }
 
