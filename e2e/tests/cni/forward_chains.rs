@@ -1,5 +1,5 @@
-//! FORWARD chains of other programs that drop packets, as those of Docker and ufw: the agent's rules
-//! in them let packets of pods pass.
+//! FORWARD chains of other programs that drop packets, as those of Docker and ufw: the agent's
+//! rules in them let packets of pods pass.
 
 use std::net::IpAddr;
 use std::time::Duration;

@@ -57,8 +57,8 @@ fn pod_at(v4: &str, v6: &str) -> Result<Pod> {
 }
 
 /// Claims `address`, which another pod owns, from `pod`: by an ARP request with it as the sender
-/// (RFC 826 lets receivers learn the sender), or by a neighbour advertisement with the override flag
-/// (RFC 4861, section 4.4).
+/// (RFC 826 lets receivers learn the sender), or by a neighbour advertisement with the override
+/// flag (RFC 4861, section 4.4).
 fn claim(pod: &Netns, address: IpAddr) -> Result<()> {
     use socket2::{Domain, Protocol, SockAddr, Socket, Type};
     let IpAddr::V6(v6) = address else {
@@ -117,8 +117,8 @@ fn no_pod_takes_another_pods_address_by_arp_or_ndp() -> Result<()> {
 }
 
 /// Python script that sends frames with 50 sources each from a pod's eth0: ARP requests for the
-/// node's address `argv[1]` and for `argv[2]`, an address behind the node; gratuitous ARP; neighbour
-/// solicitations for the node's address `argv[3]`; pings to all nodes.
+/// node's address `argv[1]` and for `argv[2]`, an address behind the node; gratuitous ARP;
+/// neighbour solicitations for the node's address `argv[3]`; pings to all nodes.
 const NEIGHBOURS: &str = r#"
 import socket, struct, sys
 s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)

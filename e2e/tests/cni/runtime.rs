@@ -109,8 +109,8 @@ fn ctr_attaches_containers_of_two_nodes() -> Result<()> {
         let used = nodes.used(index)?;
         ensure!(used == 2.0, "Node {index} uses {used} addresses instead of 2.");
     }
-    // ctr calls the plugin for DEL only if it waits for the container itself. In this test, the agent
-    // notices that the namespace is gone.
+    // ctr calls the plugin for DEL only if it waits for the container itself. In this test, the
+    // agent notices that the namespace is gone.
     for (index, name) in names.iter().enumerate() {
         let _ = nodes.containerd[index].ctr(&["task", "kill", "-s", "SIGKILL", name]);
         checks::eventually(

@@ -91,8 +91,8 @@ fn clock_jumps_do_not_disturb_traffic() -> Result<()> {
     checks::all_reach_all(&cluster.lab)
 }
 
-/// After its start, the node knows the time of its last run only from its disk. It must initiate the
-/// handshake itself, because the other node has no packet for it.
+/// After its start, the node knows the time of its last run only from its disk. It must initiate
+/// the handshake itself, because the other node has no packet for it.
 #[test]
 fn handshakes_of_a_node_with_a_clock_set_back_are_accepted() -> Result<()> {
     let (mut cluster, clock) = with_a_clock()?;

@@ -234,8 +234,8 @@ fn deleted_dataplane_socket_is_created_again() -> Result<()> {
     Ok(())
 }
 
-/// The keeper restarts a data process that ends repeatedly a limited number of times; then the agent
-/// starts another keeper.
+/// The keeper restarts a data process that ends repeatedly a limited number of times; then the
+/// agent starts another keeper.
 #[test]
 fn data_process_that_ends_repeatedly_gets_another_keeper() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;

@@ -119,8 +119,8 @@ fn losses_of_a_small_receive_buffer_are_counted() -> Result<()> {
     Ok(())
 }
 
-/// The kernel kills a data process that exceeds the memory limit of its cgroup; the keeper, which is
-/// in another cgroup, restarts it.
+/// The kernel kills a data process that exceeds the memory limit of its cgroup; the keeper, which
+/// is in another cgroup, restarts it.
 #[test]
 fn data_process_killed_for_its_memory_is_replaced() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;
@@ -155,8 +155,8 @@ fn data_process_killed_for_its_memory_is_replaced() -> Result<()> {
     checks::all_reach_all(&cluster.lab)
 }
 
-/// The state directory is on a full disk: state cannot be stored, but traffic and changes of records
-/// are not affected.
+/// The state directory is on a full disk: state cannot be stored, but traffic and changes of
+/// records are not affected.
 #[test]
 fn full_disk_does_not_stop_traffic() -> Result<()> {
     let mut cluster = Cluster::prepare(Lab::new(&Plan::default())?, Family::V4)?;

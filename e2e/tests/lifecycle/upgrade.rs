@@ -130,7 +130,8 @@ fn upgrades_in_quick_succession_lose_no_packet() -> Result<()> {
     old.wait_ready()
 }
 
-/// A container that a test kills: index of its pod, of which the second has taken over, and its kind.
+/// A container that a test kills: index of its pod, of which the second has taken over, and its
+/// kind.
 type Victim = (usize, Container);
 
 const VICTIMS: [Victim; 4] = [

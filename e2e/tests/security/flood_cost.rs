@@ -57,8 +57,8 @@ impl<'a> Flood<'a> {
         Self { name, to, datagrams, ratios, rates, lanes, manager }
     }
 
-    /// Measures the connection without the flood, then sends the flood and measures both. Returns the
-    /// throughput without the flood, megabytes per second.
+    /// Measures the connection without the flood, then sends the flood and measures both. Returns
+    /// the throughput without the flood, megabytes per second.
     fn measure(&mut self, established: &Established, pid: i32) -> Result<f64> {
         let alone = established.alone(BASELINE_DURATION)?;
         let cpu = || -> Result<[f64; 2]> {

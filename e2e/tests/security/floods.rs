@@ -289,8 +289,8 @@ pub(crate) fn with_wrong_mac1(initiations: &[Vec<u8>]) -> Vec<Vec<u8>> {
     initiations.iter().map(change).collect()
 }
 
-/// Creates a machine that sends from and receives at the addresses of [`spoofed_source`]. Returns it
-/// and its socket for the answers of the second node.
+/// Creates a machine that sends from and receives at the addresses of [`spoofed_source`]. Returns
+/// it and its socket for the answers of the second node.
 pub(crate) fn stranger_of_many_addresses(lab: &Lab) -> Result<(Netns, UdpSocket)> {
     let stranger = lab.attach("stranger", 200)?;
     stranger.ip("route add local 198.18.0.0/16 dev lo")?;

@@ -233,9 +233,9 @@ impl Rules {
         .into()
     }
 
-    /// Output: the overlay's datagrams are not tracked, whatever their destination: cookie replies go
-    /// to addresses that unauthenticated senders choose, and would fill the table. Source address
-    /// and port identify the overlay's sockets, because no other socket can have both.
+    /// Output: the overlay's datagrams are not tracked, whatever their destination: cookie replies
+    /// go to addresses that unauthenticated senders choose, and would fill the table. Source
+    /// address and port identify the overlay's sockets, because no other socket can have both.
     fn untracked(&self) -> Vec<String> {
         if !self.notrack || self.source_ports.is_empty() {
             return Vec::new();

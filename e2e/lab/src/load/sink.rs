@@ -21,8 +21,8 @@ const RECEIVE_BUFFER: usize = 8 << 20;
 /// Interval at which the receiver checks whether it must stop.
 const STOP_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Binds a socket with the smallest receive buffer. Nothing reads the socket, so that the kernel drops
-/// a flood.
+/// Binds a socket with the smallest receive buffer. Nothing reads the socket, so that the kernel
+/// drops a flood.
 ///
 /// # Errors
 /// The address cannot be bound in the namespace.
@@ -32,8 +32,8 @@ pub fn unread(netns: &Netns, at: SocketAddr) -> Result<UdpSocket> {
     Ok(socket)
 }
 
-/// A thread that receives with recvmmsg(2) and UDP_GRO, as a lane of the data process does, and reads
-/// nothing of what it receives.
+/// A thread that receives with recvmmsg(2) and UDP_GRO, as a lane of the data process does, and
+/// reads nothing of what it receives.
 pub struct Sink {
     stop: Arc<AtomicBool>,
     reader: Task<u64>,
