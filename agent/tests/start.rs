@@ -242,8 +242,11 @@ fn status_needs_root_or_agent_user() {
         status.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(&program);
         status.arg("status").arg("--socket").arg(node.path("control.sock"));
         let (code, message) = run_to_exit(&mut status);
-        assert_eq!(code, 3, "{message}");
-        assert!(message.contains("control.sock") && message.contains("as root"), "{message}");
+        assert_eq!(code, 3, "The exit code is wrong: {message}");
+        assert!(
+            message.contains("control.sock") && message.contains("as root"),
+            "The message is wrong: {message}"
+        );
     });
 }
 
@@ -253,8 +256,8 @@ fn two_agents_cannot_share_a_state_directory() {
         let mut node = Node::new();
         node.run();
         let (code, message) = node.fail();
-        assert_eq!(code, 5, "{message}");
-        assert!(message.contains("state_dir"), "{message}");
+        assert_eq!(code, 5, "The exit code is wrong: {message}");
+        assert!(message.contains("state_dir"), "The message is wrong: {message}");
         let cleanup = node.output("cleanup");
         assert_eq!(cleanup.status.code(), Some(5), "cleanup must fail while the agent runs.");
         assert!(node.until("the first still runs", |document| document.ready).ready);
@@ -273,12 +276,12 @@ fn missing_privilege_exits_with_3_and_device_with_4() {
             result
         };
         let (code, message) = run(&["setpriv", "--bounding-set=-net_admin"]);
-        assert_eq!(code, 3, "{message}");
-        assert!(message.contains("CAP_NET_ADMIN"), "{message}");
+        assert_eq!(code, 3, "The exit code is wrong: {message}");
+        assert!(message.contains("CAP_NET_ADMIN"), "The message is wrong: {message}");
         let hide = "mount -t tmpfs none /dev/net && exec \"$@\"";
         let (code, message) = run(&["unshare", "--mount", "sh", "-c", hide, "sh"]);
-        assert_eq!(code, 4, "{message}");
-        assert!(message.contains("/dev/net/tun"), "{message}");
+        assert_eq!(code, 4, "The exit code is wrong: {message}");
+        assert!(message.contains("/dev/net/tun"), "The message is wrong: {message}");
     });
 }
 
@@ -305,13 +308,19 @@ fn probe_fails_if_data_process_hangs() {
             run_to_exit(probe.args(["dataplane", "--probe", "--socket"]).arg(&socket))
         };
         let (code, message) = probe();
-        assert!(code != 0 && message.contains("no data process answers"), "{message}");
+        assert!(
+            code != 0 && message.contains("no data process answers"),
+            "The message is wrong: {message}"
+        );
         let pid = node.run().dataplane.pid.unwrap();
         assert_eq!(probe(), (0, String::new()));
         send(Signal::STOP, pid).unwrap();
         let (code, message) = probe();
         send(Signal::CONT, pid).unwrap();
-        assert!(code != 0 && message.contains("does not answer"), "{message}");
+        assert!(
+            code != 0 && message.contains("does not answer"),
+            "The message is wrong: {message}"
+        );
         assert_eq!(probe().0, 0);
     });
 }
@@ -377,7 +386,10 @@ fn shutdown_and_cleanup_leave_nothing() {
         for expected in ["removed interface skein0", "nothing to remove"] {
             let cleanup = node.output("cleanup --state");
             assert!(cleanup.status.success(), "cleanup failed: {cleanup:?}");
-            assert!(String::from_utf8_lossy(&cleanup.stdout).contains(expected), "{cleanup:?}");
+            assert!(
+                String::from_utf8_lossy(&cleanup.stdout).contains(expected),
+                "The output lacks {expected:?}: {cleanup:?}"
+            );
         }
         assert!(!exists("skein0") && !node.path("state").exists());
         let status = node.output("status");
@@ -396,7 +408,10 @@ fn cleanup_removes_unfinished_interface() {
         let cleanup = node.output("cleanup");
         assert!(cleanup.status.success(), "cleanup failed: {cleanup:?}");
         let message = String::from_utf8_lossy(&cleanup.stdout);
-        assert!(message.contains(&format!("removed unfinished interface {name}")), "{message}");
+        assert!(
+            message.contains(&format!("removed unfinished interface {name}")),
+            "The message is wrong: {message}"
+        );
         assert!(!exists(name));
     });
 }

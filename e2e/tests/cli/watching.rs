@@ -193,7 +193,10 @@ fn top_refreshes_and_restores_the_terminal() -> Result<()> {
     ran(&once, 0)?;
     says(&once.stdout, &["PKTS/CALL", "INNER/OUTER", "node-b"])?;
     let sample = json(&agent.run_command(&["top", "-o", "json", "--interval", "0.3"])?)?;
-    ensure!(sample["peers"][0]["name"] == "node-b" && sample["in"].is_object(), "{sample}");
+    ensure!(
+        sample["peers"][0]["name"] == "node-b" && sample["in"].is_object(),
+        "The sample is incomplete: {sample}"
+    );
 
     for key in ["q", "C-c"] {
         let top = process::describe(&agent.command(&["top", "--interval", "0.3"])?);

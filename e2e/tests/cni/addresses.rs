@@ -26,11 +26,21 @@ fn addresses_run_out_and_come_back() -> Result<()> {
     let path = cni::path(&ns);
     let late = Some(attachment("late", Some(&path)));
     let (code, text) = runtime.refused("ADD", late, Value::Null)?;
-    ensure!(code == 11 && text.contains("10.244.1.0/29"), "{code} {text}");
+    ensure!(
+        code == 11 && text.contains("10.244.1.0/29"),
+        "The plugin returned code {code}: {text}"
+    );
     let (code, text) = runtime.refused("STATUS", None, Value::Null)?;
-    ensure!(code == 50 && text.contains("10.244.1.0/29"), "{code} {text}");
+    ensure!(
+        code == 50 && text.contains("10.244.1.0/29"),
+        "The plugin returned code {code}: {text}"
+    );
     let metrics = cluster.agents[0].metrics()?;
-    ensure!(metrics.sum("skein_ipam_addresses", &["state=\"used\""]) == 5.0, "{}", metrics.0);
+    ensure!(
+        metrics.sum("skein_ipam_addresses", &["state=\"used\""]) == 5.0,
+        "Not 5 addresses are in use: {}",
+        metrics.0
+    );
     runtime.del("p2", None)?;
     let result = runtime.add("late", &ns)?;
     let freed = pods[2].v4;
@@ -98,14 +108,20 @@ fn pods_are_deleted_despite_a_full_disk() -> Result<()> {
     let error: Value = serde_json::from_str(&refused)?;
     ensure!(error["code"] == 5, "ADD did not return code 5: {refused}");
     let (code, text) = runtime.refused("STATUS", None, Value::Null)?;
-    ensure!(code == 50 && text.contains("no space left"), "{code} {text}");
+    ensure!(
+        code == 50 && text.contains("no space left"),
+        "The plugin returned code {code}: {text}"
+    );
     for name in std::iter::once("a".to_owned()).chain((0..300).map(|n| format!("f{n}"))) {
         runtime.del(&name, None)?;
     }
     same(&before, &traces(node(&cluster, 0))?)?;
     // The agent retries the deletions, and logs each failure.
     let (code, text) = runtime.refused("STATUS", None, Value::Null)?;
-    ensure!(code == 50 && text.contains("no space left"), "{code} {text}");
+    ensure!(
+        code == 50 && text.contains("no space left"),
+        "The plugin returned code {code}: {text}"
+    );
     thread::sleep(Duration::from_secs(11));
     let log = fs::read_to_string(cluster.agents[0].log())?;
     ensure!(log.contains("container a: "), "The log does not name the container.");

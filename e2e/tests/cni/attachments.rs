@@ -80,7 +80,7 @@ fn repeated_add_returns_the_same_result() -> Result<()> {
     ns.ip("link add eth0 type veth peer name eth9")?;
     let before = traces(node(&cluster, 0))?;
     let (code, text) = runtime.refused("ADD", with, Value::Null)?;
-    ensure!(code >= 4 && text.contains("eth0"), "{code} {text}");
+    ensure!(code >= 4 && text.contains("eth0"), "The plugin returned code {code}: {text}");
     same(&before, &traces(node(&cluster, 0))?)
 }
 
@@ -113,7 +113,7 @@ fn container_with_a_network_gets_no_second_one() -> Result<()> {
     let path = cni::path(&a.ns);
     let second = cni::Attachment { container: "a", interface: "eth1", netns: Some(path.as_str()) };
     let (code, text) = runtime.refused("ADD", Some(second), Value::Null)?;
-    ensure!(code == 4 && text.contains("default route"), "{code} {text}");
+    ensure!(code == 4 && text.contains("default route"), "The plugin returned code {code}: {text}");
     runtime.done("DEL", Some(second), Value::Null)?;
     same(&before, &traces(node(&cluster, 0))?)?;
     reach(&a, &b)

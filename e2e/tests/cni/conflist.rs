@@ -62,9 +62,12 @@ fn old_plugin_limits_the_offered_versions() -> Result<()> {
         checks::eventually(newest, REPAIR_TIMEOUT, || {
             let list = list(agent)?;
             let versions = list["cniVersions"].as_array().context("no cniVersions")?;
-            ensure!(versions.last().is_some_and(|last| last == newest), "{list}");
+            ensure!(
+                versions.last().is_some_and(|last| last == newest),
+                "The list has other versions: {list}"
+            );
             // A runtime with a libcni before 1.2 uses `cniVersion`.
-            ensure!(list["cniVersion"] == "1.0.0", "{list}");
+            ensure!(list["cniVersion"] == "1.0.0", "The list has other versions: {list}");
             Ok(true)
         })
     };
@@ -73,15 +76,26 @@ fn old_plugin_limits_the_offered_versions() -> Result<()> {
     ensure!(log.contains("CNI versions are limited") && log.contains("bin/portmap supports"));
     let status = agent.status()?;
     let limits = status["cni"]["limits"].to_string();
-    ensure!(limits.contains("bin/portmap supports 0.3.1, 0.4.0, 1.0.0"), "{}", status["cni"]);
+    ensure!(
+        limits.contains("bin/portmap supports 0.3.1, 0.4.0, 1.0.0"),
+        "The limit is not reported: {}",
+        status["cni"]
+    );
     let shown = agent.run_command(&["status", "--interval", "0"])?.stdout;
-    ensure!(shown.contains("CNI versions  0.3.1 0.4.0 1.0.0\n"), "{shown}");
+    ensure!(
+        shown.contains("CNI versions  0.3.1 0.4.0 1.0.0\n"),
+        "The status shows other versions: {shown}"
+    );
     // The agent notices updates and downgrades of a plugin without a restart.
     let beside = portmap.with_extension("new");
     fs::copy(&new, &beside)?;
     fs::rename(&beside, &portmap)?;
     offers("1.1.0")?;
-    ensure!(agent.status()?["cni"]["limits"] == json!([]), "{}", agent.status()?["cni"]);
+    ensure!(
+        agent.status()?["cni"]["limits"] == json!([]),
+        "A limit is still reported: {}",
+        agent.status()?["cni"]
+    );
     put_plugin(&portmap, &old)?;
     offers("1.0.0").map(drop)
 }
@@ -100,19 +114,22 @@ fn no_common_version_keeps_the_node_not_ready() -> Result<()> {
         let reason = not_ready(agent)?;
         Ok(reason.contains("no CNI version suits") && reason.contains("bin/ancient supports"))
     })?;
-    ensure!(!list_path(agent).exists(), "every pod would fail");
+    ensure!(!list_path(agent).exists(), "The list was installed without a common version.");
     put_plugin(&plugin, &["0.2.0", "0.3.1"])?;
     checks::eventually("the agent becomes ready by itself", REPAIR_TIMEOUT, || {
         Ok(not_ready(agent)?.is_empty() && list_path(agent).exists())
     })?;
     let list = list(agent)?;
-    ensure!(list["cniVersion"] == "0.3.1" && list["cniVersions"] == json!(["0.3.1"]), "{list}");
+    ensure!(
+        list["cniVersion"] == "0.3.1" && list["cniVersions"] == json!(["0.3.1"]),
+        "The list has other versions: {list}"
+    );
     // The list stays while running pods need it for their deletion.
     put_plugin(&plugin, &["0.2.0"])?;
     checks::eventually("the node is not ready", REPAIR_TIMEOUT, || {
         Ok(not_ready(agent)?.contains("no CNI version suits"))
     })?;
-    ensure!(list_path(agent).exists(), "running pods could not be deleted");
+    ensure!(list_path(agent).exists(), "The list was removed while pods need it.");
     Ok(())
 }
 
@@ -149,13 +166,20 @@ fn entries_of_other_programs_survive_repairs() -> Result<()> {
     agent.start()?;
     checks::eventually("the chain is replaced", REPAIR_TIMEOUT, || {
         let now = list(agent)?;
-        ensure!(types(&now) == ["linkerd-cni", "skein-cni", "tuning", "istio-cni"], "{now}");
+        ensure!(
+            types(&now) == ["linkerd-cni", "skein-cni", "tuning", "istio-cni"],
+            "The list has other plugins: {now}"
+        );
         Ok(true)
     })?;
     // istio-cni removes its entry when it ends.
     edit(agent, |plugins| drop(plugins.pop()))?;
     thread::sleep(REPAIR_TIME);
-    ensure!(types(&list(agent)?) == ["linkerd-cni", "skein-cni", "tuning"], "{}", list(agent)?);
+    ensure!(
+        types(&list(agent)?) == ["linkerd-cni", "skein-cni", "tuning"],
+        "The list has other plugins: {}",
+        list(agent)?
+    );
     ensure!(types(&whole) == order);
     // A file that is not a list is replaced.
     fs::write(list_path(agent), "{")?;
@@ -164,7 +188,11 @@ fn entries_of_other_programs_survive_repairs() -> Result<()> {
     })?;
     agent.stop()?;
     let finished = agent.run_command(&["cleanup"])?;
-    ensure!(finished.code == 0 && !list_path(agent).exists(), "{}", finished.stderr);
+    ensure!(
+        finished.code == 0 && !list_path(agent).exists(),
+        "cleanup left the list: {}",
+        finished.stderr
+    );
     Ok(())
 }
 
@@ -202,7 +230,10 @@ fn exclusive_mode_spares_meta_plugins_and_files_behind() -> Result<()> {
         let kept = fs::read_to_string(directory.join(name)).context(name)?;
         ensure!(kept == text, "{name} was changed: {kept}");
     }
-    ensure!(directory.join("99-late.conf").exists(), "the file behind Skein's is not restored");
+    ensure!(
+        directory.join("99-late.conf").exists(),
+        "The file after Skein's list is not restored."
+    );
     agent.stop()?;
     agent.run_command(&["cleanup"])?;
     for name in networks {
@@ -224,13 +255,13 @@ fn stricter_file_modes_stay() -> Result<()> {
     fs::set_permissions(&list, Permissions::from_mode(0o600))?;
     fs::set_permissions(&plugin, Permissions::from_mode(0o700))?;
     thread::sleep(REPAIR_TIME);
-    ensure!((mode(&list)?, mode(&plugin)?) == (0o600, 0o700), "the modes are undone");
+    ensure!((mode(&list)?, mode(&plugin)?) == (0o600, 0o700), "The stricter modes were changed.");
     edit(agent, |plugins| plugins.clear())?;
     fs::set_permissions(&list, Permissions::from_mode(0o600))?;
     checks::eventually("the list is repaired", REPAIR_TIMEOUT, || {
         Ok(types(&self::list(agent)?) == ["skein-cni", "portmap"])
     })?;
-    ensure!(mode(&list)? == 0o600, "a repair has changed the mode");
+    ensure!(mode(&list)? == 0o600, "The repair changed the mode.");
     fs::set_permissions(&list, Permissions::from_mode(0o666))?;
     checks::eventually("a looser mode is repaired", REPAIR_TIMEOUT, || Ok(mode(&list)? == 0o644))?;
     runtime(&cluster, 0)?.pod("a").map(drop)

@@ -27,7 +27,10 @@ fn status_of_hung_agent_fails_after_5_s() -> Result<()> {
     let took = began.elapsed();
     kill_process(pid, Signal::CONT)?;
     let (code, text) = refused?;
-    ensure!(code == 50 && text.contains("did not answer within 5 s"), "{code} {text}");
+    ensure!(
+        code == 50 && text.contains("did not answer within 5 s"),
+        "The plugin returned code {code}: {text}"
+    );
     ensure!((5..15).contains(&took.as_secs()), "STATUS took {took:?}.");
     checks::eventually("the agent answers again", Duration::from_secs(10), || {
         Ok(runtime.done("STATUS", None, Value::Null).is_ok())
@@ -46,7 +49,11 @@ fn deleted_sockets_are_created_again() -> Result<()> {
             Ok(Path::new(socket).exists())
         })?;
     }
-    ensure!(agent.status()?["ready"] == true, "{}", agent.status()?["reasons"]);
+    ensure!(
+        agent.status()?["ready"] == true,
+        "The agent is not ready: {}",
+        agent.status()?["reasons"]
+    );
     let pod = runtime.pod("a")?;
     // While the socket cannot be created, the agent is not ready: no pod can start or end.
     fs::remove_file(agent.cni_socket())?;
@@ -134,7 +141,10 @@ fn mac_of_host_interface_is_checked_and_repaired() -> Result<()> {
     let change = || home.ip(&format!("link set {} address 02:00:00:00:00:99", a.host_interface));
     change()?;
     let (code, text) = first.refused("CHECK", with, previous.clone())?;
-    ensure!(code == 100 && text.contains("02:00:00:00:00:99"), "{code} {text}");
+    ensure!(
+        code == 100 && text.contains("02:00:00:00:00:99"),
+        "The plugin returned code {code}: {text}"
+    );
     checks::eventually("the address is repaired", Duration::from_secs(15), || {
         Ok(link::mac(home, &a.host_interface)? == mac)
     })?;

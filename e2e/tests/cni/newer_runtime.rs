@@ -77,7 +77,11 @@ fn pods_start_and_end_behind_an_old_plugin() -> Result<()> {
     cri.remove(&cri.run("first", &[(8081, 81)])?)?;
     let before = traces(node(&machine.cluster, 0))?;
     let a = cri.run("a", &[(8080, 80)])?;
-    ensure!(cri.addresses(&a)?.len() == 2, "{:?}", cri.addresses(&a)?);
+    ensure!(
+        cri.addresses(&a)?.len() == 2,
+        "The pod does not have two addresses: {:?}",
+        cri.addresses(&a)?
+    );
     cri.container(&a, "main", &["sleep", "1000"])?;
     // The plugins are updated under a running pod.
     use_newer_plugins(machine.agent())?;
@@ -86,7 +90,11 @@ fn pods_start_and_end_behind_an_old_plugin() -> Result<()> {
         cri.network_ready()
     })?;
     let b = cri.run("b", &[])?;
-    ensure!(cri.addresses(&b)?.len() == 2, "{:?}", cri.addresses(&b)?);
+    ensure!(
+        cri.addresses(&b)?.len() == 2,
+        "The pod does not have two addresses: {:?}",
+        cri.addresses(&b)?
+    );
     cri.remove(&b)?;
     cri.remove(&a)?;
     same(&before, &traces(node(&machine.cluster, 0))?)
@@ -109,7 +117,10 @@ fn list_newer_than_a_plugin_fails_deletions() -> Result<()> {
     std::thread::sleep(Duration::from_secs(3));
     let error = cri.remove(&pod).err().context("the pod ends with a list that portmap refuses")?;
     let text = format!("{error:#}");
-    ensure!(text.contains("portmap") && text.contains("incompatible CNI versions"), "{text}");
+    ensure!(
+        text.contains("portmap") && text.contains("incompatible CNI versions"),
+        "The error names another cause: {text}"
+    );
     machine.cluster.agents[0].start()?;
     machine.offers("1.0.0")?;
     checks::eventually("the pod ends", REPAIR_TIMEOUT, || Ok(cri.remove(&pod).is_ok())).map(drop)
@@ -143,13 +154,20 @@ fn plugin_that_another_program_appends_is_called() -> Result<()> {
     // The wait is longer than the time after which earlier versions removed the entry.
     std::thread::sleep(Duration::from_secs(11));
     let pod = cri.run("a", &[])?;
-    ensure!(cri.addresses(&pod)?.len() == 2, "{:?}", cri.addresses(&pod)?);
+    ensure!(
+        cri.addresses(&pod)?.len() == 2,
+        "The pod does not have two addresses: {:?}",
+        cri.addresses(&pod)?
+    );
     cri.remove(&pod)?;
     let called = fs::read_to_string(&calls)?;
-    ensure!(called.contains("ADD") && called.contains("DEL"), "{called}");
+    ensure!(
+        called.contains("ADD") && called.contains("DEL"),
+        "The plugin was not called for ADD and DEL: {called}"
+    );
     ensure!(
         self::list(machine.agent())?["plugins"][2]["type"] == "istio-cni",
-        "{}",
+        "The entry of istio-cni was removed: {}",
         self::list(machine.agent())?
     );
     Ok(())
@@ -171,7 +189,10 @@ fn hung_agent_keeps_the_runtime_status_short() -> Result<()> {
     let took = began.elapsed();
     kill_process(pid, Signal::CONT)?;
     let problem = problem?.context("the runtime reports a network while the agent hangs")?;
-    ensure!(problem.contains("did not answer within 5 s"), "{problem}");
+    ensure!(
+        problem.contains("did not answer within 5 s"),
+        "The runtime reports another problem: {problem}"
+    );
     // kubelet stops synchronising pods after 30 s without an answer.
     ensure!(took < Duration::from_secs(10), "the runtime's status took {took:?}");
     checks::eventually("the network is ready again", REPAIR_TIMEOUT, || cri.network_ready())?;

@@ -270,11 +270,14 @@ fn libcni_adds_checks_and_deletes_in_every_version() -> Result<()> {
         ensure!(result["cniVersion"] == version, "The result is not of {version}: {result}");
         if version < "0.3.0" {
             for family in ["ip4", "ip6"] {
-                ensure!(result[family]["ip"].is_string(), "{result}");
+                ensure!(result[family]["ip"].is_string(), "The result is incomplete: {result}");
             }
         } else {
-            ensure!(cni::addresses(&result)?.len() == 2, "{result}");
-            ensure!(result["interfaces"][1]["name"] == "eth0", "{result}");
+            ensure!(cni::addresses(&result)?.len() == 2, "The result is incomplete: {result}");
+            ensure!(
+                result["interfaces"][1]["name"] == "eth0",
+                "The result is incomplete: {result}"
+            );
         }
         // CHECK exists since CNI 0.4.0.
         if version >= "0.4.0" {
@@ -318,14 +321,17 @@ fn other_plugins_of_the_chain_take_effect() -> Result<()> {
     let first = &result["interfaces"][0]["name"];
     ensure!(first == "lo", "The result of the previous plugin is missing: {result}");
     let host = result["interfaces"][1]["name"].as_str().context("interfaces")?.to_owned();
-    ensure!(result["interfaces"][2]["name"] == "eth0", "{result}");
+    ensure!(result["interfaces"][2]["name"] == "eth0", "The result is incomplete: {result}");
     let addresses = cni::addresses(&result)?;
     let own = addresses.iter().filter(|address| !address.is_loopback());
-    ensure!(own.count() == 2, "{result}");
+    ensure!(own.count() == 2, "The result is incomplete: {result}");
 
     // Effects of tuning in the pod.
     let link = ns.ip("-d link show eth0")?;
-    ensure!(link.contains("mtu 1300") && link.contains("promiscuity 1"), "{link}");
+    ensure!(
+        link.contains("mtu 1300") && link.contains("promiscuity 1"),
+        "The settings of eth0 are missing: {link}"
+    );
     for (key, value) in [("net.ipv4.conf.eth0.log_martians", "1"), ("net.core.somaxconn", "77")] {
         let found = ns.sh(&format!("sysctl -n {key}"))?;
         ensure!(found.trim() == value, "{key} is {found} instead of {value}.");
@@ -335,9 +341,18 @@ fn other_plugins_of_the_chain_take_effect() -> Result<()> {
     let queues = node.sh("tc qdisc show")?;
     let queue = |rate: &str| queues.lines().find(|l| l.contains("tbf") && l.contains(rate));
     let (inward, outward) = (queue("rate 8Mbit"), queue("rate 4Mbit"));
-    ensure!(inward.is_some_and(|line| line.contains(&host)), "{queues}");
-    ensure!(outward.is_some_and(|line| line.contains("dev bwp")), "{queues}");
-    ensure!(queues.contains(&format!("qdisc ingress ffff: dev {host}")), "{queues}");
+    ensure!(
+        inward.is_some_and(|line| line.contains(&host)),
+        "The inward limit is missing: {queues}"
+    );
+    ensure!(
+        outward.is_some_and(|line| line.contains("dev bwp")),
+        "The outward limit is missing: {queues}"
+    );
+    ensure!(
+        queues.contains(&format!("qdisc ingress ffff: dev {host}")),
+        "The ingress queue is missing: {queues}"
+    );
 
     libcni.call("CHECK", &list, "chained", &ns)?;
     // The next check of the agent (every 10 s) leaves the settings unchanged.

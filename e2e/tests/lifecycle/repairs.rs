@@ -55,7 +55,10 @@ fn foreign_route_is_a_conflict_of_one_peer() -> Result<()> {
     let metric = || Ok::<_, anyhow::Error>(agent.metrics()?.sum("skein_route_conflicts", &[]));
     ensure!(metric()? == 1.0, "{} conflicts are counted instead of 1.", metric()?);
     let text = agent.run_command(&["status", "--interval", "0"])?.stdout;
-    ensure!(text.contains("node-b: ") && text.contains("another program has one"), "{text}");
+    ensure!(
+        text.contains("node-b: ") && text.contains("another program has one"),
+        "The status does not show the conflict: {text}"
+    );
     // The other family of that peer, and every other peer, are not affected.
     let (a, b) = (cluster.lab.pod(0), cluster.lab.pod(1));
     checks::wait_until_reached(a, b, Family::V6, checks::EVENT_TIMEOUT)?;

@@ -56,25 +56,37 @@ fn values_reach_the_configuration() -> Result<()> {
     };
     let variant = |name| VARIANTS.into_iter().find(|v| v.0 == name).context("no such variant");
     let small = parse(variant("small")?.1)?;
-    ensure!(small["cluster_id"] == "a \"quoted, one\"", "{small:#}");
+    ensure!(small["cluster_id"] == "a \"quoted, one\"", "A value differs: {small:#}");
     ensure!(small["kubernetes"] == json!({ "enabled": true, "endpoint_interface": "eth1" }));
-    ensure!(small["interface"]["mtu"] == 1400 && small["underlay"]["port"] == 4000, "{small:#}");
+    ensure!(
+        small["interface"]["mtu"] == 1400 && small["underlay"]["port"] == 4000,
+        "A value differs: {small:#}"
+    );
     let dataplane = json!({
         "mode": "external", "socket": "/run/skein/dataplane.sock", "lanes": 3,
         "cipher": "chacha20-poly1305", "bundling": false, "busy_poll_us": 0,
         "require_confinement": true,
     });
-    ensure!(small["dataplane"] == dataplane, "{small:#}");
+    ensure!(small["dataplane"] == dataplane, "A value differs: {small:#}");
     let offload = small["offload"].as_object().context("no offload")?;
-    ensure!(offload.len() == 6 && offload.values().all(|rung| rung == false), "{small:#}");
+    ensure!(
+        offload.len() == 6 && offload.values().all(|rung| rung == false),
+        "A value differs: {small:#}"
+    );
     let metrics = json!({ "listen": "[::1]:9999", "per_peer": true, "hosts": ["a.example"] });
-    ensure!(small["metrics"] == metrics, "{small:#}");
-    ensure!(small["status_page"] == json!({ "listen": "[::1]:9998" }), "{small:#}");
+    ensure!(small["metrics"] == metrics, "A value differs: {small:#}");
+    ensure!(
+        small["status_page"] == json!({ "listen": "[::1]:9998" }),
+        "A value differs: {small:#}"
+    );
     ensure!(parse(&[])?["status_page"].is_null(), "The status page is on by default.");
     ensure!(small["cluster_cidrs"] == json!(["10.244.0.0/16", "fd00:10:244::/56"]));
-    ensure!(small["cni"]["masquerade"] == false, "{small:#}");
+    ensure!(small["cni"]["masquerade"] == false, "A value differs: {small:#}");
     let firewall = small["firewall"].as_object().context("no firewall")?;
-    ensure!(firewall.len() == 5 && firewall.values().all(|on| on == false), "{small:#}");
+    ensure!(
+        firewall.len() == 5 && firewall.values().all(|on| on == false),
+        "A value differs: {small:#}"
+    );
     ensure!(small["log"] == json!({ "level": "skein_agent=debug,info", "format": "text" }));
     let cni = &parse(variant("plugins")?.1)?["cni"];
     // The bandwidth plugin accepts only integers.
@@ -82,11 +94,20 @@ fn values_reach_the_configuration() -> Result<()> {
         { "type": "portmap", "capabilities": { "portMappings": true } },
         { "type": "bandwidth", "ingressRate": 1_000_000, "shaping": { "on": true }, "names": ["a", "b"] },
     ]);
-    ensure!(cni["chain"] == chain, "{cni:#}");
-    ensure!(cni["no_masquerade"] == json!(["192.0.2.0/24", "2001:db8::/32"]), "{cni:#}");
-    ensure!(cni["forward_accept"] == true, "{cni:#}");
-    ensure!(cni["plugin_dirs"] == json!(["/usr/lib/cni", "/opt/other"]), "{cni:#}");
-    ensure!(cni["exclusive"] == false && cni["conf_dir"] == "/etc/cni/other", "{cni:#}");
+    ensure!(cni["chain"] == chain, "A value of [cni] differs: {cni:#}");
+    ensure!(
+        cni["no_masquerade"] == json!(["192.0.2.0/24", "2001:db8::/32"]),
+        "A value of [cni] differs: {cni:#}"
+    );
+    ensure!(cni["forward_accept"] == true, "A value of [cni] differs: {cni:#}");
+    ensure!(
+        cni["plugin_dirs"] == json!(["/usr/lib/cni", "/opt/other"]),
+        "A value of [cni] differs: {cni:#}"
+    );
+    ensure!(
+        cni["exclusive"] == false && cni["conf_dir"] == "/etc/cni/other",
+        "A value of [cni] differs: {cni:#}"
+    );
     Ok(())
 }
 

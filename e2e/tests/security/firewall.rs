@@ -184,7 +184,7 @@ fn host_port_takes_none_of_the_overlays_datagrams() -> Result<()> {
     ))?;
     border.node(0).sh("conntrack -F")?;
     let received = udp::arrives(border.node(1), &border.pod(0).ns, ("192.0.2.1:51900").parse()?)?;
-    ensure!(!received, "the pod receives datagrams of the overlay's port");
+    ensure!(!received, "The pod receives datagrams of the overlay's port.");
     for family in Family::BOTH {
         checks::reaches(border.pod(0), border.pod(1), family)?;
     }
@@ -346,6 +346,6 @@ fn spoofed_source_of_a_bridged_pod_is_dropped() -> Result<()> {
     })?;
     ensure!(udp::arrives(&far.ns, &bridged, ("10.244.1.70".parse::<IpAddr>()?, PORT).into())?);
     let arrived = border.spoof(&outsider, "10.244.1.70".parse()?, target, by)?;
-    ensure!(!arrived, "a frame with the bridged pod's source passes from the underlay");
+    ensure!(!arrived, "A frame with the bridged pod's source passes from the underlay.");
     Ok(())
 }

@@ -23,14 +23,23 @@ fn agent_without_nft_runs_and_reports_it() -> Result<()> {
     cluster.start()?;
     checks::all_reach_all(&cluster.lab)?;
     let status = cluster.agents[0].status()?;
-    ensure!(status["firewall"]["active"] == false, "{status:#}");
+    ensure!(
+        status["firewall"]["active"] == false,
+        "The firewall is active without nft: {status:#}"
+    );
     let error = status["firewall"]["error"].as_str().unwrap_or_default();
-    ensure!(error.contains("install nftables"), "{error}");
-    ensure!(cluster.agents[0].metrics()?.sum("skein_firewall_active", &[]) == 0.0, "still active");
+    ensure!(error.contains("install nftables"), "The error has no remedy: {error}");
+    ensure!(
+        cluster.agents[0].metrics()?.sum("skein_firewall_active", &[]) == 0.0,
+        "The metric shows an active firewall."
+    );
     let text = cluster.agents[0].run_command(&["status", "--interval", "0"])?.stdout;
-    ensure!(text.contains("missing: no program nft"), "{text}");
+    ensure!(
+        text.contains("missing: no program nft"),
+        "The status does not name the missing program: {text}"
+    );
     let status = cluster.agents[1].status()?;
-    ensure!(status["firewall"]["active"] == true, "{status:#}");
+    ensure!(status["firewall"]["active"] == true, "The firewall is not active: {status:#}");
     Ok(())
 }
 
@@ -63,7 +72,7 @@ fn check_reports_a_missing_table() -> Result<()> {
     std::fs::write(&broken, "")?;
     cluster.lab.nodes[0].ns.nft("delete table inet skein")?;
     let (code, text) = runtime.refused("CHECK", with, json!({ "prevResult": result }))?;
-    ensure!(code == 100 && text.contains("nft"), "{code} {text}");
+    ensure!(code == 100 && text.contains("nft"), "The plugin returned code {code}: {text}");
     std::fs::remove_file(&broken)?;
     checks::eventually("CHECK succeeds again", Duration::from_secs(15), || {
         Ok(runtime.done("CHECK", with, json!({ "prevResult": result })).is_ok())
@@ -89,7 +98,10 @@ fn closed_forward_chain_is_reported_with_the_remedy() -> Result<()> {
         let check = |expected: &str| -> Result<()> {
             let text = agent.run_command(&["check"])?.stdout;
             let line = text.lines().find(|line| line.contains("forward_chains"));
-            ensure!(line.is_some_and(|line| line.contains(expected)), "{expected}: {text}");
+            ensure!(
+                line.is_some_and(|line| line.contains(expected)),
+                "The line of the chains lacks {expected:?}: {text}"
+            );
             Ok(())
         };
         chains("closed", 0.0)?;
@@ -104,7 +116,7 @@ fn closed_forward_chain_is_reported_with_the_remedy() -> Result<()> {
                 "closed" => format!("-i {name} -j ACCEPT"),
                 _ => format!("{iptables} -S FORWARD"),
             };
-            ensure!(line.contains(&remedy), "{line}");
+            ensure!(line.contains(&remedy), "The line lacks the remedy: {line}");
             check(&format!("-A FORWARD -o {name} -j ACCEPT"))?;
             // The remedy.
             for direction in ["-i", "-o"] {
@@ -117,7 +129,10 @@ fn closed_forward_chain_is_reported_with_the_remedy() -> Result<()> {
             }
         }
         let check = agent.run_command(&["check"])?.stdout;
-        ensure!(check.contains("the kernel accepts Skein's nftables table"), "{check}");
+        ensure!(
+            check.contains("the kernel accepts Skein's nftables table"),
+            "check does not report the accepted table: {check}"
+        );
     }
     Ok(())
 }
@@ -141,6 +156,9 @@ fn check_reports_a_missing_or_invalid_configuration() -> Result<()> {
         "{missing}"
     );
     let invalid = line("/proc/version")?;
-    ensure!(invalid.contains("not examined: configuration /proc/version"), "{invalid}");
+    ensure!(
+        invalid.contains("not examined: configuration /proc/version"),
+        "The invalid configuration is not reported: {invalid}"
+    );
     Ok(())
 }

@@ -220,7 +220,10 @@ fn processes_keep_only_the_capabilities_that_they_need() -> Result<()> {
         }
     }
     let log = fs::read_to_string(cluster.agents[1].log())?;
-    ensure!(log.contains("not confined: seccomp forced off"), "{log}");
+    ensure!(
+        log.contains("not confined: seccomp forced off"),
+        "The log does not report the missing filter: {log}"
+    );
     Ok(())
 }
 
@@ -234,7 +237,10 @@ fn missing_confinement_is_shown_and_can_be_refused() -> Result<()> {
     let shown = |agent: &Agent, mechanism: &str, state: &str| -> Result<()> {
         let labels = [format!("mechanism=\"{mechanism}\""), format!("state=\"{state}\"")];
         let labels = labels.each_ref().map(String::as_str);
-        ensure!(agent.metrics()?.sum("skein_confinement", &labels) == 1.0, "{labels:?}");
+        ensure!(
+            agent.metrics()?.sum("skein_confinement", &labels) == 1.0,
+            "The metric does not have {labels:?}."
+        );
         let status = agent.run_command(&["status", "--interval", "0"])?.stdout;
         ensure!(status.contains(&format!("{mechanism} {state}")), "{status}");
         Ok(())
@@ -248,8 +254,14 @@ fn missing_confinement_is_shown_and_can_be_refused() -> Result<()> {
     agent.set("dataplane.require_confinement", true);
     let finished = agent.run_to_end(Duration::from_secs(20))?;
     let said = format!("{}{}", finished.stdout, finished.stderr);
-    ensure!(finished.code != 0 && said.contains("dataplane.require_confinement"), "{said}");
-    ensure!(said.contains("the kernel does not support seccomp filters"), "{said}");
+    ensure!(
+        finished.code != 0 && said.contains("dataplane.require_confinement"),
+        "The error names another cause: {said}"
+    );
+    ensure!(
+        said.contains("the kernel does not support seccomp filters"),
+        "The error names another cause: {said}"
+    );
     ensure!(agent.dataplane_pids().is_empty(), "A data process runs without confinement.");
 
     // A data process that was started without the setting is replaced.

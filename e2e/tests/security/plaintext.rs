@@ -255,7 +255,10 @@ fn waiting_agent_refuses_kept_prefixes() -> Result<()> {
     let limit = checks::EVENT_TIMEOUT;
     let ns = scene.ns(0);
     checks::eventually("kept prefixes are refused", limit, || Ok(unreachable(ns)? == before))?;
-    ensure!(!ns.interfaces()?.contains(&"skein0".to_owned()), "the agent did not wait");
+    ensure!(
+        !ns.interfaces()?.contains(&"skein0".to_owned()),
+        "The agent did not wait for its records."
+    );
     let to = [scene.pod(1), scene.pod(2)].concat();
     scene.refused("agent that waits", &to)
 }
@@ -278,12 +281,12 @@ fn await_records_of_unreachable_server(agent: &mut Agent) -> Result<()> {
 fn cleanup_removes_unreachable_routes() -> Result<()> {
     let mut scene = Scene::up(true)?;
     remove_record(&scene.cluster, "node-c")?;
-    ensure!(!unreachable(scene.ns(0))?.is_empty(), "there are none");
+    ensure!(!unreachable(scene.ns(0))?.is_empty(), "The node has no unreachable routes.");
     scene.cluster.agents[0].stop()?;
     let left = unreachable(scene.ns(0))?;
-    ensure!(!left.is_empty(), "an agent that ends leaves its pods' traffic refused");
+    ensure!(!left.is_empty(), "The agent removed the unreachable routes when it stopped.");
     let cleaned = scene.cluster.agents[0].run_command(&["cleanup", "--state"])?;
-    ensure!(cleaned.code == 0, "{cleaned:?}");
+    ensure!(cleaned.code == 0, "cleanup failed: {cleaned:?}");
     ensure!(unreachable(scene.ns(0))?.is_empty(), "left: {:?}", unreachable(scene.ns(0))?);
     Ok(())
 }
@@ -310,10 +313,13 @@ fn cluster_cidrs_with_an_endpoint_end_the_start() -> Result<()> {
     for addresses in [vec!["192.0.2.1".to_owned()], vec!["0.0.0.0".to_owned()]] {
         agent.set("underlay.addresses", addresses);
         let finished = agent.run_to_end(Duration::from_secs(10))?;
-        ensure!(finished.code == 2, "{finished:?}");
+        ensure!(finished.code == 2, "The exit code is not 2: {finished:?}");
         let text = &finished.stderr;
-        ensure!(text.contains("lies in cluster_cidrs (192.0.2.0/24)"), "{text}");
+        ensure!(
+            text.contains("lies in cluster_cidrs (192.0.2.0/24)"),
+            "The error names another cause: {text}"
+        );
     }
-    ensure!(unreachable(scene.ns(0))?.is_empty(), "a refused start leaves routes");
+    ensure!(unreachable(scene.ns(0))?.is_empty(), "A refused start left routes.");
     Ok(())
 }
