@@ -74,11 +74,12 @@ enum Command {
         /// Check that the data process on the socket answers, then exit
         #[arg(long, conflicts_with = "take_over")]
         probe: bool,
-        /// Directory of this pod's own sockets; the data process takes over together with the pod's
-        /// agent
+        /// Directory of the sockets of this pod. With this option, the keeper takes the data plane
+        /// over when the agent of the same pod takes over
         #[arg(long)]
         instance: Option<PathBuf>,
-        /// Do not confine the data process with seccomp and Landlock (dataplane.seccomp = false)
+        /// Confine the data process neither with seccomp nor with Landlock (dataplane.seccomp =
+        /// false)
         #[arg(long)]
         no_seccomp: bool,
         /// Exit if seccomp or Landlock cannot confine the data process

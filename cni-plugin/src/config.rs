@@ -79,7 +79,8 @@ fn null_as_empty<'de, D: serde::Deserializer<'de>>(
     Ok(Some(Option::deserialize(deserializer)?.unwrap_or_default()))
 }
 
-/// Returns the version of a configuration that may be invalid otherwise, for its error document.
+/// Returns `cniVersion` of a network configuration. The other fields are not checked, so that an
+/// error about them can be reported in the format of this version.
 ///
 /// # Errors
 /// `Decoding` if the text is not a JSON object or `cniVersion` is not a string,
@@ -133,7 +134,7 @@ impl Config {
     /// the name of the network, the timeout or a requested address is invalid.
     pub fn parse(text: &[u8]) -> Result<Self, PluginError> {
         let version = version(text)?;
-        Self::check(version, decode(text)?)
+        Self::from_document(version, decode(text)?)
     }
 
     /// Parses a configuration for a DEL. Fields that a DEL does not need are ignored, so that an
@@ -151,10 +152,12 @@ impl Config {
             _ => false,
         });
         let document = serde_json::from_value(Value::Object(document)).map_err(undecodable)?;
-        Self::check(version, document)
+        Self::from_document(version, document)
     }
 
-    fn check(version: Version, document: Document) -> Result<Self, PluginError> {
+    /// Converts a document to the configuration: validates the name, the addresses and the timeout,
+    /// and sets the defaults of missing fields.
+    fn from_document(version: Version, document: Document) -> Result<Self, PluginError> {
         let invalid = |msg: String| PluginError::new(ErrorCode::InvalidNetworkConfig, msg);
         check_name("name", &document.name).map_err(|error| invalid(error.to_string()))?;
         let asked = document.runtime_config.and_then(|config| config.ips).unwrap_or_default();

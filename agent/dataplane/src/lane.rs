@@ -48,7 +48,7 @@ pub(super) struct LaneParts {
     pub(super) lanes: u8,
     /// TUN queue of the lane.
     pub(super) tun: TunQueue,
-    /// Superpackets that may be written to the TUN queue.
+    /// Kinds of superpackets and checksums that may be written to the TUN queue.
     pub(super) coalesce: CoalesceConfig,
     /// UDP sockets, one pair for each address family.
     pub(super) sockets: Vec<LaneSockets>,
@@ -76,7 +76,7 @@ struct Mailbox {
 pub(super) struct TunReplacement {
     /// TUN queue of the lane.
     pub(super) tun: TunQueue,
-    /// Superpackets that may be written to the queue.
+    /// Kinds of superpackets and checksums that may be written to the queue.
     pub(super) coalesce: CoalesceConfig,
     /// Generation of the device.
     pub(super) generation: u32,
@@ -233,8 +233,8 @@ impl Lane {
             match busy_poll.wait(&mut self.poller, timeout, &self.context.stats) {
                 Ok(tokens) => ready.extend_from_slice(tokens),
                 Err(error) => {
-                    // No state of a lane makes epoll fail. The pause prevents a busy loop if it
-                    // does.
+                    // No error of epoll_wait(2) is expected here. The pause limits the log if an
+                    // error occurs in every round.
                     tracing::error!(lane = self.context.index, %error, "epoll failed");
                     std::thread::sleep(Duration::from_millis(100));
                 }
@@ -257,7 +257,7 @@ impl Lane {
                 }
             }
             if self.blocked != self.egress.blocked_socket() {
-                abort_on_error(self.context.index, self.watch_room());
+                abort_on_error(self.context.index, self.update_epoll_registration());
             }
         }
     }
@@ -274,12 +274,13 @@ impl Lane {
         }
     }
 
-    /// Polls the blocked send socket instead of the TUN queue, or the TUN queue again if no socket
-    /// is blocked.
+    /// Changes the registration in epoll after the blocked send socket has changed. While a send
+    /// socket is blocked, epoll reports room in this socket and no packets of the TUN queue. While
+    /// no send socket is blocked, epoll reports packets of the TUN queue.
     ///
     /// # Errors
     /// The error of epoll_ctl(2).
-    fn watch_room(&mut self) -> io::Result<()> {
+    fn update_epoll_registration(&mut self) -> io::Result<()> {
         let (before, now) = (self.blocked, self.egress.blocked_socket());
         self.blocked = now;
         let socket = |index: usize| self.context.send_sockets[index].socket.as_fd();

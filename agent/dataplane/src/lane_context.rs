@@ -31,13 +31,14 @@ pub(super) struct LaneContext {
     pub(super) send_sockets: Vec<SendSocket>,
     /// Packet tap for `capture` and `trace --drops`.
     pub(super) tap: Arc<Tap>,
-    /// True if a subscriber of the tap wanted packets at the start of this round.
+    /// True if a subscriber of the tap wanted copies of packets at the start of this round.
     pub(super) captured: bool,
     pub(super) published: Arc<TablesHandle>,
     pub(super) tables_version: u64,
     /// Queue of the session manager.
     pub(super) manager: ToManagerQueue,
     pub(super) now: Instant,
+    /// Start of this round as time since boot, the clock of session ages.
     pub(super) age_clock: Duration,
     pub(super) unknown_session_reported: Option<Instant>,
     pub(super) too_long_reported: Cell<Option<Instant>>,

@@ -54,8 +54,8 @@ pub struct Report {
     /// Peers, sorted by name; empty unless requested
     /// ([`Request::Report`](crate::Request::Report)).
     pub peers: Vec<PeerReport>,
-    /// Name of the TUN device. Not part of the JSON document: the thread of the connection reads it
-    /// to fill in [`Self::tun_queue_drops`].
+    /// Name of the TUN device. The name is not part of the JSON document. The thread that answers a
+    /// client of the control socket uses the name to fill in [`Self::tun_queue_drops`].
     #[serde(skip)]
     pub tun: Option<String>,
 }
@@ -81,17 +81,18 @@ pub enum ConfinementState {
     Unsupported,
     /// The kernel supports the mechanism and returned an error.
     Failed,
-    /// The configuration disables the mechanism.
+    /// The configuration disables the mechanism (`dataplane.seccomp = false`).
     ForcedOff,
 }
 
 impl Report {
-    /// Returns the mechanisms that do not confine the data process, for users; `None` if every
-    /// mechanism does.
+    /// Returns a text for users that lists the mechanisms that do not confine the data process,
+    /// with states and reasons. Returns `None` if every mechanism confines the data process.
     pub fn unconfined(&self) -> Option<String> {
         if self.confinement.is_empty() {
             return Some(
-                "an earlier release of the data process reports no confinement".to_owned(),
+                "the data process is an earlier release, which does not report its confinement"
+                    .to_owned(),
             );
         }
         let missing = self.confinement.iter().filter(|c| c.state != ConfinementState::On);
@@ -244,7 +245,8 @@ pub struct HandshakeCount {
     /// Label of the result ([`HandshakeResult`](skein_core::tunnel::HandshakeResult)), for example
     /// `initiated` or `completed_responder`.
     pub result: String,
-    /// Number of handshakes, or of messages for results that concern one message.
+    /// Number of handshakes with this result. If the result describes one message, for example a
+    /// cookie reply, the number of such messages.
     pub count: u64,
 }
 

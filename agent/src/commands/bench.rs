@@ -42,7 +42,8 @@ pub(crate) struct BenchArgs {
     /// Seconds until --serve ends
     #[arg(long, default_value_t = 600.0)]
     limit: f64,
-    /// Measurement over the overlay only; with --serve, answers to requests over the overlay only
+    /// Measure only over the overlay, not over the underlay; with --serve, answer only requests
+    /// that arrive over the overlay
     #[arg(long)]
     overlay_only: bool,
     /// Duration of each measurement in seconds, 0.1 to 60

@@ -26,8 +26,9 @@ use crate::status::Document;
 
 #[derive(Args)]
 pub(crate) struct ConnectivityArgs {
-    /// Kubeconfig file of the cluster whose nodes and pods are tested [default: that of kubectl if
-    /// the agent's records come from Kubernetes, else a test from this node to its peers]
+    /// Kubeconfig file of the cluster whose nodes and pods are tested. Without this option, the
+    /// command uses the file of kubectl if the agent's records come from Kubernetes, and otherwise
+    /// tests the connections from this node to its peers
     #[arg(long)]
     kubeconfig: Option<PathBuf>,
     /// Kubernetes: test the cluster of this pod's service account or of kubectl, regardless of the

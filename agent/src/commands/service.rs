@@ -29,8 +29,8 @@ pub(crate) struct StartArgs {
     /// Replace a running agent as soon as this agent is ready
     #[arg(long)]
     take_over: bool,
-    /// Directory of this pod's own sockets; the agent takes over together with the pod's data
-    /// process
+    /// Directory of the sockets of this pod. With this option, the agent is ready only while the
+    /// keeper of the same pod has the data plane
     #[arg(long)]
     instance: Option<PathBuf>,
     /// Descriptor of the role's lock, passed by skein-agent hold

@@ -30,7 +30,7 @@ const ONCE_SIZE: (usize, usize) = (200, usize::MAX);
 
 #[derive(Args)]
 pub(crate) struct TopArgs {
-    /// Print one sample and exit, as if the output is not a terminal
+    /// Print one sample and exit; this is the default if the output is not a terminal
     #[arg(long)]
     once: bool,
     /// Seconds between two samples

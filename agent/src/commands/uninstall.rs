@@ -25,7 +25,7 @@ pub(crate) struct UninstallArgs {
     /// Labels of the DaemonSet's pods, as key=value,key=value
     #[arg(long)]
     selector: String,
-    /// File with the manifest of a DaemonSet that cleans up a node
+    /// Path of the manifest (YAML) of the DaemonSet that removes Skein from the nodes
     #[arg(long)]
     cleanup: PathBuf,
     /// Timeout of the whole command in seconds

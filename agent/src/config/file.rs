@@ -67,8 +67,8 @@ impl Default for File {
 }
 
 impl File {
-    /// Validates all values and converts them. The checks of one table come before the checks that
-    /// compare tables.
+    /// Validates all values and converts them. First validates each table of the file alone, and
+    /// then the values that must agree with values of another table.
     pub(super) fn validate(mut self) -> Result<Config, Invalid> {
         let name = match self.name.take() {
             Some(name) => name,

@@ -24,7 +24,8 @@ const _: () = {
     assert!(size_of::<Control>() >= 3 * unsafe { libc::CMSG_SPACE(4) } as usize);
 };
 
-/// Buffer of one control message with a sock_extended_err and the address of its sender.
+/// Buffer of one control message with a sock_extended_err, followed by the address of the node that
+/// caused the error (ip(7), SO_EE_OFFENDER).
 type ErrorControl = [u64; 16];
 
 /// Buffers of recvmmsg(2), allocated once. The caller calls [`Self::recv`] and then reads the
@@ -39,8 +40,9 @@ pub struct RecvBatch {
     overflow: u32,
 }
 
-// SAFETY: every call of `recv` overwrites the raw pointers in `iovecs` and `headers` with pointers
-// to vectors that this value owns, and only that call and reads of the same value dereference them.
+// SAFETY: the raw pointers in `iovecs` and `headers` point to vectors that this value owns. Each
+// call of `recv` overwrites these pointers before the kernel uses them. Only methods of this value
+// dereference the pointers.
 unsafe impl Send for RecvBatch {}
 
 /// One received message: a datagram, or several merged datagrams of one sender (UDP_GRO). Merged
@@ -51,8 +53,9 @@ pub struct Message {
     pub source: SocketAddr,
     /// Range of the payload in [`RecvBatch::arena`].
     pub range: Range<usize>,
-    /// Length of each datagram except the last one, bytes; at least 1. For a single datagram, the
-    /// length of the message. At most the length of a message that is not empty.
+    /// Length in bytes of each datagram except the last one, which may be shorter. The length is at
+    /// least 1, and at most the length of the message unless the message is empty. For a single
+    /// datagram, the length is that of the message.
     pub segment_size: usize,
     /// ECN field of the outer header; `NotEct` if the socket does not report the field. For merged
     /// datagrams, the field is that of one of them: kernels without commit 5babae777c61 ("net: gro:
@@ -163,16 +166,16 @@ impl RecvBatch {
         &mut self.arena
     }
 
-    /// Returns the number of datagrams that the socket of the last call has dropped since its
-    /// creation because its receive buffer was full, as the newest message reports (SO_RXQ_OVFL).
-    /// The number wraps at 2^32. Returns 0 if the call failed, or if the socket has dropped no
-    /// datagram.
+    /// Returns the number of datagrams that the socket has dropped because its receive buffer was
+    /// full (SO_RXQ_OVFL). The socket is that of the last call of [`Self::recv`]. The count starts
+    /// with the socket's creation and wraps at 2^32. The newest message reports the count. Returns
+    /// 0 if the call failed, or if the socket has dropped no datagram.
     pub fn overflow(&self) -> u32 {
         self.overflow
     }
 
-    /// Resets the kernel structures to the buffers and their full lengths. The kernel overwrites
-    /// the lengths in each call.
+    /// Points the structures for recvmmsg(2) to the buffers, and sets the full length of each
+    /// buffer. The kernel overwrites these lengths in each call.
     fn prepare(&mut self) {
         self.overflow = 0;
         self.iovecs.clear();

@@ -75,7 +75,8 @@ fn packet_path_does_not_allocate_after_first_rounds() {
             let mut request =
                 SendRequest { arena: &arena, batches: &batches, from: Position::default() };
             let mut sent = 0;
-            // After a full send buffer, the sender continues after the next reception.
+            // If the send buffer is full, the rest of the batches is sent once a message has
+            // arrived.
             let mut more = true;
             let mut received = 0;
             while more || received < sent {

@@ -13,7 +13,8 @@ impl Version {
     pub const DEFAULT: Self = Self(1);
     /// Version 0.3.0, which added interfaces to results.
     pub const V0_3_0: Self = Self(2);
-    /// Oldest version in the network configuration that the agent writes: 0.3.1.
+    /// Version 0.3.1. The configuration list that the agent writes supports this version and all
+    /// later ones.
     pub const V0_3_1: Self = Self(3);
     /// Version 0.4.0, which added CHECK.
     pub const V0_4_0: Self = Self(4);

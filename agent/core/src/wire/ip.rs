@@ -11,7 +11,8 @@ use crate::wire::ecn::Ecn;
 pub const MIN_IPV4_MTU: u16 = 576;
 /// Smallest MTU of a link that carries IPv6, in bytes (RFC 8200, section 5).
 pub const MIN_IPV6_MTU: u16 = 1280;
-/// Largest inner MTU in bytes whose datagrams fit UDP.
+/// Largest inner MTU in bytes. A packet of this size, with the overhead of the tunnel, fits into
+/// one UDP datagram.
 pub const MAX_MTU: u16 = 65_000;
 
 /// IP protocol number of TCP (IANA).
@@ -37,7 +38,8 @@ pub struct IpHeader {
     /// Length of the header in bytes: with options for IPv4, always 40 for IPv6. IPv6 extension
     /// headers are part of the payload.
     pub header_len: usize,
-    /// Length of the packet in bytes, from `header_len` up to the length of the buffer.
+    /// Length of the packet in bytes, including the header. At least `header_len`, and at most the
+    /// length of the parsed buffer.
     pub total_len: usize,
     /// IPv4 protocol or IPv6 next header.
     pub protocol: u8,
@@ -83,7 +85,7 @@ impl IpHeader {
     }
 
     /// Returns the offset in bytes of the TCP or UDP checksum field if the transport header follows
-    /// the IP header directly. Only there can a checksum cross the tunnel in partial form.
+    /// the IP header directly. A partial checksum can cross the tunnel only at this offset.
     #[inline]
     pub fn checksum_field(&self) -> Option<usize> {
         let (offset, min_len) = match self.protocol {

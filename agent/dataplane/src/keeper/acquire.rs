@@ -1,4 +1,5 @@
-//! Acquisition of a data plane: by its lock, or by a request to the keeper that has it.
+//! Acquisition of a data plane by a keeper. The keeper acquires the lock of the data plane if the
+//! lock is free, or requests the data plane from the keeper that holds the lock.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -20,19 +21,22 @@ use crate::options::{Options, lock_path};
 
 /// Interval at which a waiting keeper tries to acquire the data plane's lock.
 const LOCK_INTERVAL: Duration = Duration::from_millis(10);
-/// Time for which the lock must be free before a keeper without descriptors acquires it: several
-/// attempts of the keepers that hold descriptors.
-const HOLDER_DELAY: Duration = Duration::from_millis(50);
+/// Delay of a keeper without descriptors: the lock must have been free for this time before this
+/// keeper acquires the lock. Meanwhile a keeper that holds descriptors makes several attempts
+/// ([`LOCK_INTERVAL`]), and therefore acquires the lock first.
+const NON_HOLDER_DELAY: Duration = Duration::from_millis(50);
 /// Delay before a refused request for the data plane is repeated.
 const REQUEST_DELAY: Duration = Duration::from_secs(1);
 
-/// Acquires the data plane: at once, or, if this keeper has handed it over, when the lock is free.
+/// Acquires the data plane. If another keeper has the data plane, there are three cases. A keeper
+/// that has handed over the data plane waits for the lock without a limit. A keeper with
+/// `--take-over` requests the hand-over. Any other keeper waits for the lock for 5 s.
 ///
 /// # Errors
 /// An error if another keeper has the data plane and does not hand it over within 5 s, or if the
 /// lock, the store or the socket cannot be used.
 pub(super) fn acquire(options: &Options, held: &mut Option<FdStore>) -> anyhow::Result<Plane> {
-    let mut attempt = LockAttempt::new(options);
+    let mut attempt = LockAttempts::new(options);
     let until = Instant::now() + HANDOVER_TIMEOUT;
     let holds = held.is_some();
     loop {
@@ -42,7 +46,7 @@ pub(super) fn acquire(options: &Options, held: &mut Option<FdStore>) -> anyhow::
         if !holds && options.take_over {
             match request(&options.socket, held, &mut attempt) {
                 Ok(lock) => return Plane::open(lock, held.take(), options),
-                Err(error) if !error.is_transient() || Instant::now() > until => {
+                Err(error) if !error.may_repeat_at_once() || Instant::now() > until => {
                     return Err(error.into_error(&options.socket));
                 }
                 Err(error) => tracing::debug!(
@@ -61,8 +65,9 @@ pub(super) fn acquire(options: &Options, held: &mut Option<FdStore>) -> anyhow::
     }
 }
 
-/// Acquires the data plane when the agent requests it, or, if this keeper has handed it over, when
-/// the lock is free. Returns `None` after SIGTERM.
+/// Waits for a reason to acquire the data plane, and acquires the data plane. One reason is a
+/// request of the agent. The other reason is a free lock, if this keeper has handed over the data
+/// plane before. Returns `None` after SIGTERM.
 ///
 /// # Errors
 /// An error if the lock, the store, the socket or the instance's socket cannot be used. A refused
@@ -72,7 +77,7 @@ pub(super) fn acquire_on_request(
     activation: &mut Activation,
     held: &mut Option<FdStore>,
 ) -> anyhow::Result<Option<Plane>> {
-    let mut attempt = LockAttempt::new(options);
+    let mut attempt = LockAttempts::new(options);
     let mut next_request = Instant::now();
     while !activation.is_terminated() {
         let requested = activation.is_requested();
@@ -84,7 +89,7 @@ pub(super) fn acquire_on_request(
         if requested && Instant::now() >= next_request {
             match request(&options.socket, held, &mut attempt) {
                 Ok(lock) => return Plane::open(lock, held.take(), options).map(Some),
-                Err(error) if error.is_transient() => {}
+                Err(error) if error.may_repeat_at_once() => {}
                 Err(error) => {
                     tracing::error!("{:#}", error.into_error(&options.socket));
                     next_request = Instant::now() + REQUEST_DELAY;
@@ -96,22 +101,23 @@ pub(super) fn acquire_on_request(
     Ok(None)
 }
 
-/// Repeated attempts to acquire the lock of the data plane.
-struct LockAttempt {
+/// State of a series of attempts to acquire the lock of the data plane.
+struct LockAttempts {
     path: PathBuf,
     takes_over: bool,
     /// Time since which every attempt has found the lock free.
     free_since: Option<Instant>,
 }
 
-impl LockAttempt {
+impl LockAttempts {
     fn new(options: &Options) -> Self {
         let path = lock_path(&options.socket);
         Self { path, takes_over: options.takes_over(), free_since: None }
     }
 
-    /// Acquires the lock if it is free. Keepers that hold descriptors (`holds`) come first: the
-    /// others wait for [`HOLDER_DELAY`].
+    /// Acquires the lock if the lock is free. `holds` is true if this keeper holds descriptors. If
+    /// keepers take over from each other (`takes_over`), a keeper without descriptors acquires only
+    /// a lock that has been free for [`NON_HOLDER_DELAY`].
     ///
     /// # Errors
     /// An error if the lock file or its directory cannot be used.
@@ -124,7 +130,7 @@ impl LockAttempt {
             return Ok(None);
         }
         let since = *self.free_since.get_or_insert_with(Instant::now);
-        Ok(lock.filter(|_| holds || !self.takes_over || since.elapsed() >= HOLDER_DELAY))
+        Ok(lock.filter(|_| holds || !self.takes_over || since.elapsed() >= NON_HOLDER_DELAY))
     }
 }
 
@@ -133,7 +139,8 @@ impl LockAttempt {
 enum RequestError {
     /// The connection failed.
     Io(io::Error),
-    /// The data process refuses the hand-over, or belongs to a release with another version of it.
+    /// The data process has answered with an error, for example because it belongs to a release
+    /// with another version of the hand-over.
     Refused(ErrorKind, String),
 }
 
@@ -144,12 +151,12 @@ impl From<io::Error> for RequestError {
 }
 
 impl RequestError {
-    /// Returns whether to repeat the request at once: the data process has exited and its socket
-    /// will close, or its keeper is starting the next one.
-    fn is_transient(&self) -> bool {
+    /// Returns true if the request can be repeated at once. The data process has exited or is
+    /// exiting, so that the lock becomes free, or its keeper starts the next data process.
+    fn may_repeat_at_once(&self) -> bool {
         match self {
             Self::Io(error) => is_disconnect(error) || is_no_listener(error),
-            // `request` has stopped this data process.
+            // `request` has stopped the data process that gave this answer.
             Self::Refused(kind, _) => *kind == ErrorKind::Invalid,
         }
     }
@@ -163,13 +170,15 @@ impl RequestError {
     }
 }
 
-/// Requests the data plane from the data process that listens on `socket`. Stores the received
-/// descriptor store in `held`, even if the other keeper exits before it confirms the hand-over.
-/// Stops a data process that cannot hand over.
+/// Requests the data plane from the data process that listens on `socket`, and returns the lock.
+/// Puts the received descriptor store into `held`. The store stays there even if the hand-over
+/// fails because the previous keeper exits before it confirms. Stops a data process that cannot
+/// hand over.
 ///
-/// Returns the lock, too, if it becomes free while the request is not answered: the store of this
-/// keeper keeps the listening socket open, so the connection to a process that exits before it
-/// accepts does not close.
+/// While no answer has arrived, the function also tries the lock and returns the lock once the lock
+/// is free. A data process that exits before it accepts the connection would otherwise be noticed
+/// only after the timeout: the descriptor store of this keeper contains the listening socket, so
+/// the kernel keeps the connection open.
 ///
 /// # Errors
 /// [`RequestError::Io`] if the connection fails or the answer is malformed,
@@ -177,7 +186,7 @@ impl RequestError {
 fn request(
     socket: &Path,
     held: &mut Option<FdStore>,
-    attempt: &mut LockAttempt,
+    attempt: &mut LockAttempts,
 ) -> Result<FileLock, RequestError> {
     let mut stream = connect(socket)?;
     write_frame(&mut stream, &Request::TakeOver { version: HANDOVER_VERSION })?;
@@ -206,7 +215,8 @@ fn request(
     let store = FdStore::received(all).ok_or_else(|| invalid("descriptors are missing"))?;
     *held = Some(store);
     stream.write_all(&[0])?;
-    // Without this confirmation, the other keeper continues with the data plane, or it has exited
+    // Wait until the previous keeper confirms that it has given up the data plane. If no
+    // confirmation arrives, the previous keeper either continues with the data plane, or has exited
     // and the lock becomes free.
     stream.read_exact(&mut [0])?;
     tracing::info!(socket = %socket.display(), "data plane taken over");

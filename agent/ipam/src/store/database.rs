@@ -19,14 +19,15 @@ const SCHEMA: u64 = 1;
 /// Size of the page cache in bytes; the database of 10,000 leases fits.
 const CACHE_SIZE: usize = 8 << 20;
 
-/// Key `schema` to the schema version.
+/// Table of the schema version. The only key is `schema`.
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
-/// Container id and interface name to a [`Lease`] in JSON.
+/// Table of the leases. Key: container id and interface name. Value: a [`Lease`] in JSON.
 const LEASES: TableDefinition<'_, (&str, &str), &[u8]> = TableDefinition::new("leases");
-/// Address (4 or 16 bytes) to the time of its release, milliseconds since 1970. The name of the
-/// table is that of earlier releases.
+/// Table of the quarantined addresses. Key: address (4 or 16 bytes). Value: time of its release in
+/// milliseconds since 1970. Earlier releases named the table `resting`; the name must not change.
 const QUARANTINED: TableDefinition<'_, &[u8], u64> = TableDefinition::new("resting");
-/// Family (4 or 6) to the number of the last allocated address.
+/// Table of the search positions. Key: family (4 or 6). Value: the last allocated address, as an
+/// integer.
 const CURSORS: TableDefinition<'_, u8, u128> = TableDefinition::new("cursors");
 
 /// Content of the database.

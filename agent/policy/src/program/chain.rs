@@ -8,11 +8,12 @@ use crate::name;
 
 use super::Family;
 
-/// Statements for one direction, evaluated in order. A chain without a match returns to the chain
-/// that has jumped to it.
+/// Statements for one direction, evaluated in order. If no statement matches a packet, the
+/// evaluation returns to the chain that has jumped to this one.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Chain {
-    /// Direction: peers are sources of incoming and destinations of outgoing packets.
+    /// Direction of the packets. For `Ingress`, a peer's address is the source of a packet; for
+    /// `Egress`, the destination.
     pub direction: Direction,
     /// Statements in the order of evaluation.
     pub statements: Vec<Statement>,
@@ -43,7 +44,7 @@ pub struct Statement {
 /// A condition on a packet.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Match {
-    /// The peer's address is in a set of a family.
+    /// The peer's address is in the named set, whose elements are addresses of the family.
     Peer(Family, String),
     /// The packet is of a protocol.
     Protocol(Protocol),
@@ -51,7 +52,8 @@ pub enum Match {
     Port(Protocol, PortRange),
     /// The packet is of a protocol, and its destination port is in a set.
     PortSet(Protocol, String),
-    /// Destination address, protocol and destination port are in a set of a family.
+    /// The combination of destination address, protocol and destination port is in the named set,
+    /// whose addresses belong to the family.
     NamedPort(Family, String),
     /// The packet leaves by the interface by which it arrived: a pod's connection to itself through
     /// a Service.
@@ -73,12 +75,14 @@ impl Match {
 pub enum Verdict {
     /// Accepts the packet in this direction.
     Accept,
-    /// Logs and drops the packet.
+    /// Logs and drops the packet. The sender gets no answer (neither an ICMP error nor a TCP
+    /// reset).
     Refuse,
     /// Continues in a chain, without return.
     Goto(String),
-    /// Continues in the chain that a port map has for protocol and destination port. Without such
-    /// a chain, or without a match in the chain, continues behind the statement.
+    /// Looks up the packet's protocol and destination port in the named port map, and jumps to the
+    /// chain that the map names. If the map has no entry for them, or if no statement of that chain
+    /// matches, the evaluation continues with the next statement of the current chain.
     Dispatch(String),
 }
 

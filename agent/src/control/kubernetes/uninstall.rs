@@ -43,7 +43,7 @@ pub struct Options<'a> {
     pub without_helm: bool,
     /// Label selector of the DaemonSet's pods, which may exist without the DaemonSet.
     pub selector: &'a str,
-    /// File with the manifest of the DaemonSet that cleans a node up.
+    /// Path of the manifest (YAML) of the DaemonSet that removes Skein from the nodes.
     pub cleanup: &'a Path,
     /// Timeout of the whole removal.
     pub timeout: Duration,

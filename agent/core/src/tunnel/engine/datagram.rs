@@ -19,9 +19,10 @@ use crate::tunnel::peer::Peer;
 use crate::tunnel::shared::{LocalIdentity, Shared};
 use crate::wire::header::{Header, MessageType};
 
-/// Responses to one initiation that are read without a rate limit: this number from the address
-/// that the initiation was sent to, and the same number from all other addresses together.
-const MAX_RESPONSE_TRIES: u32 = 4;
+/// Number of received responses to one initiation that this node reads without a rate limit. The
+/// number applies to responses from the address that the initiation was sent to, and a second time
+/// to responses from all other addresses together.
+const MAX_UNLIMITED_RESPONSES: u32 = 4;
 
 impl Engine {
     /// Handles a handshake or control datagram (message types 1, 2, 3 and 5) that came from
@@ -52,9 +53,10 @@ impl Engine {
         }
     }
 
-    /// Checks an initiation in the order of cost: lengths, mac1 (the sender knows this node's
-    /// public key), mac2 or the limit of initiations without a cookie, and then public-key
-    /// operations.
+    /// Checks an initiation, cheap checks first: the lengths, and then mac1, which proves that the
+    /// sender knows this node's public key. An initiation with a valid mac2 then takes a token of
+    /// the limits by address; any other initiation takes a token of the bucket for initiations
+    /// without a cookie. Public-key operations follow last.
     fn on_initiation(
         &mut self,
         now: Time,
@@ -75,7 +77,7 @@ impl Engine {
             if self.cookies.is_granted(&message.mac2) {
                 return Err(DropReason::HandshakeReplayed);
             }
-            if !self.may_cost_public_key_operation(answer_to, now.mono) {
+            if !self.try_acquire_public_key_operation(answer_to, now.mono) {
                 return Err(DropReason::HandshakeRateLimited);
             }
             self.cookies.grant(message.mac2);
@@ -112,10 +114,10 @@ impl Engine {
         peer.on_initiation(now, answer_to, message.sender, handshake, &mut self.shared)
     }
 
-    /// Returns true if the sender of a valid cookie, who receives at `answer_to`, may cause a
-    /// public-key operation. Only a sender that receives at a peer's endpoint can use up the limit
-    /// of that endpoint.
-    fn may_cost_public_key_operation(&mut self, answer_to: SocketAddr, now: Duration) -> bool {
+    /// Takes the tokens for one public-key operation. Returns false if a limit is exceeded. The
+    /// caller has checked that the sender has a valid cookie and therefore receives at `answer_to`.
+    /// Only a sender that receives at a peer's endpoint can use up the limit of that endpoint.
+    fn try_acquire_public_key_operation(&mut self, answer_to: SocketAddr, now: Duration) -> bool {
         match self.is_endpoint(answer_to) {
             true => self.peer_endpoint_limiter.try_acquire(answer_to, now),
             false => {
@@ -174,7 +176,7 @@ impl Engine {
         // Responses carry no mac2. A few responses to each initiation are read; further ones share
         // the limit of initiations without a cookie.
         let tries = peer.response_tries(header.receiver, source.ip());
-        if tries.ok_or(DropReason::HandshakeInvalid)? > MAX_RESPONSE_TRIES
+        if tries.ok_or(DropReason::HandshakeInvalid)? > MAX_UNLIMITED_RESPONSES
             && !self.no_cookie_bucket.try_acquire(NO_COOKIE_RATE, now.mono)
         {
             return Err(DropReason::HandshakeRateLimited);

@@ -141,7 +141,7 @@ fn lock_that_becomes_free_during_a_request_is_acquired() {
     let copies = plane.store.descriptors().map(|fd| fd.try_clone_to_owned().unwrap());
     let mut held = FdStore::received(copies.into());
     let requesting = std::thread::spawn(move || {
-        let mut attempt = LockAttempt::new(&options);
+        let mut attempt = LockAttempts::new(&options);
         request(&options.socket, &mut held, &mut attempt).is_ok()
     });
     std::thread::sleep(10 * LOCK_INTERVAL);

@@ -44,7 +44,8 @@ fn subject(reader: &mut Reader, subject: &Parsed<Subject>) -> Option<PodTerm> {
     }
 }
 
-/// Converts the rules of a direction. `add` adds a peer to the union.
+/// Converts the rules of one direction. `add` adds one peer of a rule to the set of all peers that
+/// the rule selects.
 fn rules<P>(
     reader: &mut Reader,
     field: &str,
