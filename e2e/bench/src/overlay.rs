@@ -14,7 +14,7 @@ use skein_lab::load::ping::{Ping, ping};
 use skein_lab::process::{Process, cpu_seconds};
 use skein_lab::{Family, Lab, UNDERLAY};
 
-/// A kind of network between the nodes.
+/// A network between the nodes that the benchmark compares: an overlay, or plain routes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Overlay {
@@ -33,11 +33,11 @@ pub enum Overlay {
 /// Skein with its default configuration, or with changed settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Variant {
-    /// Default configuration with two lanes.
+    /// Default configuration of the test lab, with no changed setting. The lab sets two lanes.
     Full,
     /// Configuration with one changed setting, an index in [`SETTINGS`].
     With(usize),
-    /// Configuration without offloads, bundling and seccomp.
+    /// Configuration with every switch of [`SETTINGS`] off: offloads, bundling and seccomp.
     Bare,
 }
 

@@ -1,5 +1,6 @@
-//! Programs of a cluster: Debian packages, and Kubernetes and helm in a cache outside of the
-//! working tree, which the first use fills. [`OTHER`] names the programs of another Kubernetes.
+//! Programs of a cluster. Some come from Debian packages. Kubernetes and helm are in a cache
+//! outside of the working tree; the first use of the cache fetches and builds them. The environment
+//! variable [`OTHER`] selects a directory with the programs of another version of Kubernetes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,8 +14,8 @@ use skein_lab::programs::cache;
 use skein_lab::{cargo, newer, packages};
 use skein_lab::{image, process};
 
-/// Environment variable that names a directory with the programs of another Kubernetes, of version
-/// 1.31 or later.
+/// Name of the environment variable with the directory of another version of Kubernetes. The
+/// programs of the directory, of version 1.31 or later, replace the Kubernetes of the cache.
 pub const OTHER: &str = "SKEIN_KUBERNETES";
 
 /// Programs that `e2e/cluster/build.sh` builds.
@@ -27,9 +28,9 @@ const KUBERNETES: [&str; 6] = [
     "kubelet",
 ];
 
-/// The first minor version whose kubelet has every setting that a cluster of a current version
-/// uses.
-const FIRST_CURRENT: u32 = 31;
+/// Oldest minor version of Kubernetes 1 that [`OTHER`] may name. Kubelets before 1.31 lack settings
+/// that these clusters use.
+const MIN_OTHER_MINOR: u32 = 31;
 
 /// Image with busybox, whose default command sleeps for ever. It is also the image of pod
 /// sandboxes.
@@ -86,8 +87,8 @@ pub(super) fn find() -> Result<Programs> {
         Some(directory) => {
             let minor = minor_version(&directory.join("kubelet"))?;
             ensure!(
-                minor >= FIRST_CURRENT,
-                "{OTHER}: Kubernetes 1.{minor} is older than 1.{FIRST_CURRENT}"
+                minor >= MIN_OTHER_MINOR,
+                "{OTHER}: Kubernetes 1.{minor} is older than 1.{MIN_OTHER_MINOR}"
             );
             Some(newer::root()?)
         }

@@ -26,7 +26,7 @@ const INSTALL_TIMEOUT: &str = "--timeout=3m";
 /// Maximum time until all nodes are Ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Maximum time until a pod runs on each node, and of a ping from a pod.
+/// Maximum time until a pod runs on each node. Also the timeout of a ping from a pod.
 const POD_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A pod with its own network namespace, whose container sleeps.
@@ -245,7 +245,8 @@ impl Pings {
         Loss::parse(&std::fs::read_to_string(self.process.log())?, self.interval)
     }
 
-    /// Waits until all pings are sent and returns the numbers of requests and answers.
+    /// Waits until `ping` has sent all requests and exits by itself. Returns the number of requests
+    /// and the number of answers.
     ///
     /// # Errors
     /// If `ping` prints no summary.
@@ -264,7 +265,8 @@ impl Pings {
 /// Runs `work` on a cluster with Skein and a pod on every node.
 ///
 /// # Errors
-/// If the cluster cannot be made, or if `work` fails; with the state of all pods and the logs.
+/// If the cluster cannot be created, or if `work` fails. The error contains the state of all pods
+/// and the logs.
 pub fn with(
     options: &Options,
     settings: &[&str],
@@ -354,7 +356,8 @@ pub fn kill(node: &Node, command: &str) -> Result<()> {
     node.exec(&words).map(drop)
 }
 
-/// Lists everything that Skein can leave on a node: interfaces, routes, nftables tables and files.
+/// Lists what Skein has left on a node: interfaces, routes, nftables tables and files. The list is
+/// empty after a complete removal.
 ///
 /// # Errors
 /// If the node is switched off, or if a program fails.

@@ -1,4 +1,5 @@
-//! Checks of traffic and waits for events that many tests use.
+//! Helpers of many tests: checks of the traffic between pods, and functions that wait until an
+//! expected event has occurred.
 
 use std::net::SocketAddr;
 use std::thread;
@@ -109,7 +110,8 @@ pub fn start_transfer(
     Transfer::start(&from.ns, &to.ns, SocketAddr::new(to.address(family), PORT), bytes, rate)
 }
 
-/// Sends datagrams of `payload` bytes with `rate` datagrams per second, and counts both sides.
+/// Sends datagrams of `payload` bytes at `rate` datagrams per second. Counts the datagrams that
+/// were sent and those that were received.
 ///
 /// # Errors
 /// If a socket cannot be bound, or if sending or receiving fails. Lost datagrams are not an error.
@@ -165,9 +167,9 @@ pub fn mixed_traffic(lab: &Lab, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// Checks that notifications caused repairs: the agent's timer alone, which can repair once per
-/// interval, explains fewer repairs than `repairs`, each made after the damage that follows the one
-/// before, in `elapsed`.
+/// Checks that notifications of the kernel caused at least one of the repairs. The agent made
+/// `repairs` repairs one after another within `elapsed`. The agent's timer can cause at most one
+/// repair every 10 s, so that more repairs prove a notification.
 ///
 /// # Errors
 ///
@@ -200,20 +202,20 @@ pub fn repaired_at_once(
     not_by_timer(ROUNDS, start.elapsed()).with_context(|| what.to_owned())
 }
 
-/// Waits until `is` returns true and returns the time that this took. An error of `is` counts as
-/// false before the limit.
+/// Waits until `has_occurred` returns true, and returns the duration of the wait. Calls
+/// `has_occurred` every 20 ms. An error of `has_occurred` before the limit counts as false.
 ///
 /// # Errors
-/// If `is` has not returned true within `limit`; with `what`, the expected event, and the last
-/// error.
+/// If `has_occurred` has not returned true within `limit`. The error contains `what`, a text that
+/// names the expected event, and the last error of `has_occurred`.
 pub fn eventually(
     what: &str,
     limit: Duration,
-    mut is: impl FnMut() -> Result<bool>,
+    mut has_occurred: impl FnMut() -> Result<bool>,
 ) -> Result<Duration> {
     let start = Instant::now();
     loop {
-        let now = is();
+        let now = has_occurred();
         if matches!(now, Ok(true)) {
             return Ok(start.elapsed());
         }

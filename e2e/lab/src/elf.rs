@@ -58,7 +58,10 @@ mod tests {
 
     #[test]
     fn program_with_a_loader_is_dynamic() -> Result<()> {
-        ensure!(!is_static(&std::env::current_exe()?)?, "the test has libraries");
+        ensure!(
+            !is_static(&std::env::current_exe()?)?,
+            "This test program has a loader, but counts as static."
+        );
         Ok(())
     }
 
@@ -66,7 +69,7 @@ mod tests {
     fn program_without_a_loader_is_static() -> Result<()> {
         let file = tempfile::NamedTempFile::new()?;
         fs::write(file.path(), STATIC_EXAMPLE)?;
-        ensure!(is_static(file.path())?, "the program names no loader");
+        ensure!(is_static(file.path())?, "The example has no loader, but counts as dynamic.");
         Ok(())
     }
 

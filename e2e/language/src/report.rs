@@ -9,7 +9,7 @@ const MAX_OPENINGS: usize = 6;
 const MAX_SHORT: usize = 8;
 /// Rules with the number of hits that the whole tree may have.
 const LIMITS: [(&str, usize); 8] = [
-    ("sentences over two items", 0),
+    ("sentences continued on another item", 0),
     ("errors without conditions", 0),
     ("vague expressions", 20),
     ("vague constants", 0),
@@ -23,7 +23,8 @@ const LIMITS: [(&str, usize); 8] = [
 #[derive(Debug, Default)]
 pub(crate) struct Report {
     docs: BTreeMap<String, usize>,
-    shares: BTreeMap<(&'static str, String), usize>,
+    /// Number of hits by rule and crate, for rules whose limit is a share of the doc comments.
+    crate_hits: BTreeMap<(&'static str, String), usize>,
     found: BTreeMap<&'static str, Vec<String>>,
 }
 
@@ -42,7 +43,7 @@ impl Report {
         line: usize,
         text: &str,
     ) {
-        *self.shares.entry((rule, package.to_owned())).or_default() += 1;
+        *self.crate_hits.entry((rule, package.to_owned())).or_default() += 1;
         self.hit(rule, name, line, text);
     }
 
@@ -51,8 +52,8 @@ impl Report {
         self.found.entry(rule).or_default().push(format!("{name}:{line}: {text}"));
     }
 
-    fn share(&self, rule: &'static str, package: &str) -> usize {
-        self.shares.get(&(rule, package.to_owned())).copied().unwrap_or_default()
+    fn hits_in_crate(&self, rule: &'static str, package: &str) -> usize {
+        self.crate_hits.get(&(rule, package.to_owned())).copied().unwrap_or_default()
     }
 
     fn total(&self, rule: &str) -> usize {
@@ -81,8 +82,9 @@ impl Report {
         let mut rules = Vec::new();
         for (rule, limit) in [("unclear openings", MAX_OPENINGS), ("short doc comments", MAX_SHORT)]
         {
-            let over =
-                |(package, docs): (&String, &usize)| self.share(rule, package) * 100 > limit * docs;
+            let over = |(package, docs): (&String, &usize)| {
+                self.hits_in_crate(rule, package) * 100 > limit * docs
+            };
             if self.docs.iter().any(over) {
                 rules.push(rule);
             }
@@ -112,7 +114,7 @@ impl Report {
         );
         for (package, docs) in &self.docs {
             let percent = |rule| {
-                let hits = self.share(rule, package);
+                let hits = self.hits_in_crate(rule, package);
                 format!("{hits} ({:.1} %)", 100.0 * hits as f64 / *docs as f64)
             };
             let (openings, short) = (percent("unclear openings"), percent("short doc comments"));
@@ -120,7 +122,7 @@ impl Report {
         }
         let _ = writeln!(out, "limit for each crate: {MAX_OPENINGS} %, {MAX_SHORT} %\n");
         for (rule, limit) in LIMITS {
-            let _ = writeln!(out, "{rule:<28} {:>6}, limit {limit}", self.total(rule));
+            let _ = writeln!(out, "{rule:<35} {:>6}, limit {limit}", self.total(rule));
         }
         if !exceeded.is_empty() {
             let _ = writeln!(out, "\nabove the limit: {}", exceeded.join(", "));

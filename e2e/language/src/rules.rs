@@ -138,7 +138,7 @@ fn check_doc(file: &RustFile, doc: &Doc, report: &mut Report) {
         report.doc_hit("short doc comments", &file.package, &file.name, doc.line, first);
     }
     if is_continued(&doc.text) {
-        report.hit("sentences over two items", &file.name, doc.line, first);
+        report.hit("sentences continued on another item", &file.name, doc.line, first);
     }
     if doc.text.contains("# Errors\nSee [") || doc.text.contains("# Errors\n\nSee [") {
         report.hit("errors without conditions", &file.name, doc.line, first);
@@ -243,7 +243,7 @@ mod tests {
     #[test]
     fn continued_sentence_is_found() {
         let report = check("/// The address…\nstruct A;\n/// …of the peer.\nstruct B;");
-        assert_eq!(report.hits("sentences over two items"), 2);
+        assert_eq!(report.hits("sentences continued on another item"), 2);
     }
 
     #[test]

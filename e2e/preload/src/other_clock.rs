@@ -9,14 +9,14 @@ use libc::{CLOCK_REALTIME, clockid_t, timespec};
 #[path = "support/number.rs"]
 mod number;
 
-extern "C" fn map() {
+extern "C" fn map_offset_file() {
     number::map("SKEIN_CLOCK");
 }
 
 #[used]
 // SAFETY: the loader calls the functions of this section once, when it loads the library.
 #[unsafe(link_section = ".init_array")]
-static MAP: extern "C" fn() = map;
+static MAP: extern "C" fn() = map_offset_file;
 
 /// Replaces clock_gettime(2) of the C library.
 ///

@@ -9,8 +9,8 @@ use skein_lab::agent::{Agent, Cluster};
 use skein_lab::process::{Finished, Process};
 use skein_lab::{Family, checks};
 
-/// Waits until every pod reaches every pod over both families. Lost pings are repeated, because a
-/// busy machine may lose some.
+/// Waits until every pod of a cluster that has been started reaches every other pod over both
+/// families. Lost pings are repeated, because a busy machine may lose some.
 pub(super) fn joined(cluster: &Cluster) -> Result<()> {
     let pods = || (0..cluster.lab.nodes.len()).map(|node| cluster.lab.pod(node));
     for (from, to) in pods().flat_map(|from| pods().map(move |to| (from, to))) {
@@ -21,6 +21,7 @@ pub(super) fn joined(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
+/// Checks that a finished command has exited with `code`.
 pub(super) fn ran(finished: &Finished, code: i32) -> Result<()> {
     let (stdout, stderr) = (&finished.stdout, &finished.stderr);
     let found = finished.code;
@@ -44,6 +45,7 @@ pub(super) fn start(agent: &Agent, arguments: &[&str], log: &Path) -> Result<Pro
     Process::start(&mut agent.command(arguments)?, log)
 }
 
+/// Waits until a process has exited by itself, and returns the exit code. Sends no signal.
 pub(super) fn end(process: &mut Process) -> Result<i32> {
     let mut code = None;
     checks::eventually("the command has ended", Duration::from_secs(20), || {

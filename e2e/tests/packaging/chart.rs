@@ -1,5 +1,5 @@
-//! Helm chart: Kubernetes' schemas and the agent accept the rendered objects, wrong values are
-//! refused with a message, and the descriptions are true.
+//! Tests of the Helm chart. Kubernetes' schemas and the agent accept the rendered objects. The
+//! chart refuses wrong values with a message. The descriptions of the values match the chart.
 
 use std::fs;
 use std::process::Command;
@@ -11,7 +11,8 @@ use skein_lab::agent::binary;
 use skein_lab::chart::{self, helm, object, render, rendered};
 use skein_lab::{process, programs, skein_image};
 
-/// Sets of values that can be combined and together change every value.
+/// Sets of values, each for one rendering of the chart. Together the sets change every value of the
+/// chart.
 pub(super) const VARIANTS: [(&str, &[&str]); 6] = [
     ("defaults", &[]),
     (
@@ -116,7 +117,8 @@ fn every_version_of_kubernetes_accepts_the_objects() -> Result<()> {
             let has_cleanup = cleanup.is_some();
             ensure!(
                 has_cleanup == (name != "bare"),
-                "{name}: The DaemonSet of the cleanup is rendered: {has_cleanup}."
+                "{name}: The chart must render the cleanup DaemonSet in every set except \"bare\"; \
+                 it is rendered: {has_cleanup}."
             );
             text.push_str(&cleanup.map(|text| format!("\n---\n{text}")).unwrap_or_default());
             let path = directory.path().join(format!("{name}-{version}.yaml"));
@@ -155,8 +157,9 @@ fn pods_resolve_names_without_the_cluster_dns() -> Result<()> {
     Ok(())
 }
 
-/// Checks that the removal Job does not remove a DaemonSet without a release, because `skein-agent
-/// uninstall` refuses to.
+/// Checks the arguments of the removal Job. By default the Job does not pass `--without-helm`, and
+/// `skein-agent uninstall` refuses to remove a DaemonSet that no Helm release owns. The chart value
+/// `cleanup.withoutHelm=true` adds the option.
 #[test]
 fn removal_job_needs_a_release_unless_told_otherwise() -> Result<()> {
     let job = |settings: &[&str]| -> Result<Value> {
