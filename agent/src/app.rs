@@ -94,7 +94,7 @@ enum Command {
     Status(SampleArgs),
     /// List peers and their connection state; exit with code 1 if a peer is unreachable
     Peers(peers::PeersArgs),
-    /// Check which features this kernel and machine support; nothing needs to run
+    /// Check which features this kernel and machine support; works without a running agent
     Check(check::CheckArgs),
     /// Show current rates, batch sizes, drops and peers, refreshed until q is pressed
     Top(top::TopArgs),

@@ -32,7 +32,8 @@ pub struct Config {
     pub dns: Dns,
     /// Requested addresses (`runtimeConfig.ips`), without prefix lengths.
     pub ips: Vec<IpAddr>,
-    /// Result of the previous plugins in the list, or of the ADD (`prevResult`).
+    /// Value of `prevResult`; `None` if the configuration has none. In an ADD, the result of the
+    /// previous plugins in the list. In a CHECK or a DEL, the result of the attachment's last ADD.
     pub prev_result: Option<Value>,
     /// Attachments to keep in a GC; `None` if the configuration does not list them.
     pub valid_attachments: Option<Vec<AttachmentId>>,

@@ -22,7 +22,7 @@ pub fn ipc_frames(data: &[u8]) {
 
 fn frames<T: Serialize + DeserializeOwned>(mut data: &[u8]) {
     while let Ok(Some(message)) = read_frame::<T>(&mut data) {
-        let frame = encode_frame(&message).expect("it came in a frame");
+        let frame = encode_frame(&message).expect("a message that was read fits a frame");
         let again = read_frame::<T>(&mut &frame[..]);
         assert!(again.is_ok_and(|again| again.is_some()));
     }

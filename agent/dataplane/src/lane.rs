@@ -58,7 +58,8 @@ pub(super) struct LaneParts {
     pub(super) bundling: bool,
     /// Maximum duration of one busy-polling period; 0 disables busy polling.
     pub(super) busy_poll: Duration,
-    /// Handle of the current tables.
+    /// Handle to the tables that the session manager published last. The lane loads them from this
+    /// handle when their version has changed.
     pub(super) published: Arc<TablesHandle>,
     /// Queue of the session manager.
     pub(super) manager: ToManagerQueue,

@@ -1,9 +1,10 @@
 //! Address management (IPAM) of a node: leases of pod addresses, committed to disk before they are
 //! returned.
 //!
-//! The code is blocking, and has no clock, no randomness and no access to the kernel: `now` is an
-//! argument, and the caller reports the kernel's state with [`Ipam::adopt`]. [`IpamHandle`] runs it
-//! on a thread of its own, which commits concurrent operations in one transaction.
+//! The functions block, and use no clock, no randomness and no interface of the kernel except the
+//! file system. The caller passes the time as `now`. If the caller finds a lease in the kernel's
+//! state, it stores the lease with [`Ipam::adopt`]. [`IpamHandle`] runs an [`Ipam`] on a thread of
+//! its own, which commits concurrent operations in one transaction.
 //!
 //! ```
 //! use std::time::SystemTime;

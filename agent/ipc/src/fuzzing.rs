@@ -24,7 +24,7 @@ pub fn ipc_frames(data: &[u8]) {
 /// If a message that was read cannot be written, or cannot be read again.
 pub fn frames<T: Serialize + DeserializeOwned>(mut data: &[u8]) {
     while let Ok(Some(message)) = read_frame::<T>(&mut data) {
-        let frame = encode_frame(&message).expect("it came in a frame");
+        let frame = encode_frame(&message).expect("a message that was read fits a frame");
         let again = read_frame::<T>(&mut &frame[..]);
         assert!(again.is_ok_and(|again| again.is_some()));
     }

@@ -26,8 +26,9 @@ pub struct Report {
     pub confinement: Vec<Confinement>,
     /// Counters of each lane, in the order of lane numbers.
     pub lanes: Vec<LaneReport>,
-    /// Ports of the process's UDP sockets, in order, each once: source ports of all its datagrams.
-    /// Empty before the first snapshot and in reports of earlier releases.
+    /// Ports of the UDP sockets of the data process, ascending and without duplicates. They are the
+    /// source ports of all datagrams that the process sends. Empty before the first snapshot and in
+    /// reports of earlier releases.
     #[serde(default)]
     pub source_ports: Vec<u16>,
     /// Packets that the kernel dropped because a queue of the TUN device was full, since the
@@ -228,7 +229,8 @@ impl HistogramReport {
     }
 }
 
-/// Number of dropped packets of one direction and reason.
+/// Counter of the packets that were dropped in one direction for one reason: an entry of
+/// [`Report::drops`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DropReport {
     /// Direction of the packets, `egress` or `ingress`.
@@ -271,7 +273,8 @@ pub struct PeerReport {
     pub lanes: Option<u8>,
     /// Age of the current session in seconds; `None` without a session.
     pub handshake_age_seconds: Option<f64>,
-    /// Time since the last authentic datagram in seconds; `None` before the first one.
+    /// Time that has passed since the last authentic datagram from the peer, in seconds. The value
+    /// is a duration, not a time of day. `None` before the first datagram.
     pub last_received_seconds: Option<f64>,
     /// Smoothed round-trip time in microseconds; `None` before the first measurement.
     pub rtt_us: Option<u64>,

@@ -59,7 +59,8 @@ pub(crate) fn pubkey(file: Option<PathBuf>, config: Option<PathBuf>) -> Result<(
 pub(crate) struct RotateArgs {
     #[command(flatten)]
     agent: AgentArgs,
-    /// Remove the old key at once because it is compromised; packets are lost meanwhile
+    /// Replace a compromised key immediately; traffic with other nodes is interrupted until they
+    /// have the new key
     #[arg(long)]
     at_once: bool,
     #[command(flatten)]

@@ -38,7 +38,7 @@ pub(crate) struct ConfigArgs {
     /// Configuration file of the agent
     #[arg(long, default_value = DEFAULT_PATH, env = "SKEIN_CONFIG")]
     config: PathBuf,
-    /// Name of this node (overrides name)
+    /// Name of this node (overrides the key "name" of the configuration)
     #[arg(long, env = "SKEIN_NODE_NAME")]
     name: Option<String>,
 }
@@ -136,7 +136,7 @@ pub(crate) fn report(document: &Document) -> Result<&Report, Failure> {
 /// Option for the output format.
 #[derive(Args, Clone, Copy)]
 pub(crate) struct OutputArgs {
-    /// Output format
+    /// Format of the printed result
     #[arg(short, long, value_enum, default_value = "table")]
     pub(crate) output: Output,
 }

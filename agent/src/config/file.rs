@@ -16,6 +16,8 @@ use crate::logging::{self, Log};
 /// Maximum length of a unix socket's path in bytes: `sun_path` (unix(7)) without its terminator.
 const MAX_SOCKET_PATH: usize = 107;
 
+/// The keys of the configuration file as they were read, before [`File::validate`]. Missing keys
+/// have their default values.
 #[derive(Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct File {
@@ -82,7 +84,7 @@ impl File {
             self.pod_cidrs.take().map(|texts| cidrs("pod_cidrs", &texts)).transpose()?;
         if pod_cidrs.as_ref().is_some_and(Vec::is_empty) {
             return Err(Invalid(
-                "pod_cidrs is empty. Set a prefix, or leave it out to use the node's record."
+                "pod_cidrs is empty. Set a prefix, or remove the key to use the node's record."
                     .to_owned(),
             ));
         }

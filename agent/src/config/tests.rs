@@ -201,7 +201,7 @@ fn invalid_value_is_error_with_remedy() {
         ("pod_cidrs = ['fd00::/64']\n[interface]\nmtu = 1279", "interface.mtu", "1280"),
         ("[interface]\naddresses = ['x']", "interface.addresses", "IP address"),
         ("[interface]\ntxqueuelen = 0", "interface.txqueuelen", "1 to"),
-        ("[underlay]\naddresses = []", "underlay.addresses", "leave it out"),
+        ("[underlay]\naddresses = []", "underlay.addresses", "remove the key"),
         ("[underlay]\naddresses = ['192.0.2.1', '192.0.2.2']", "underlay.addresses", "one"),
         ("[underlay]\naddresses = ['239.0.0.1']", "underlay.addresses", "unicast"),
         ("[underlay]\naddresses = ['fe80::1']", "underlay.addresses", "link-local"),

@@ -70,7 +70,8 @@ impl TryFrom<UnderlayKeys> for Underlay {
 fn check_addresses(addresses: &[IpAddr]) -> Result<(), Invalid> {
     if addresses.is_empty() {
         return Err(Invalid(
-            "underlay.addresses is empty. Set an address, or leave it out to listen on all addresses."
+            "underlay.addresses is empty. Set an address, or remove the key to listen on all \
+             addresses."
                 .to_owned(),
         ));
     }

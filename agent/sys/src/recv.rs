@@ -37,6 +37,7 @@ pub struct RecvBatch {
     iovecs: Vec<libc::iovec>,
     headers: Vec<libc::mmsghdr>,
     received: usize,
+    /// Total number of datagrams that the kernel has dropped at the socket ([`Self::overflow`]).
     overflow: u32,
 }
 
@@ -200,8 +201,9 @@ impl RecvBatch {
     }
 }
 
-/// Returns the segment size of a message of `len` bytes, within 1 to `len` whatever the kernel
-/// reports.
+/// Returns the segment size of a message of `len` bytes: `reported`, but at most `len`. Returns
+/// `len` if the kernel reports no size or a size below 1. The segment size is at least 1, also for
+/// `len` 0.
 fn segment_size(reported: Option<i32>, len: usize) -> usize {
     let reported = reported.and_then(|size| usize::try_from(size).ok()).filter(|&size| size > 0);
     reported.map_or(len, |size| size.min(len)).max(1)
@@ -211,7 +213,7 @@ fn segment_size(reported: Option<i32>, len: usize) -> usize {
 struct ControlValues {
     /// Segment size in bytes (UDP_GRO).
     segment: Option<i32>,
-    /// Number of dropped datagrams (SO_RXQ_OVFL).
+    /// Number of datagrams that the kernel has dropped since the socket's creation (SO_RXQ_OVFL).
     overflow: Option<u32>,
     /// Type of service (IPv4) or traffic class (IPv6) of the outer header.
     tos: u8,

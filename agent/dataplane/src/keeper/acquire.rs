@@ -104,6 +104,8 @@ pub(super) fn acquire_on_request(
 /// State of a series of attempts to acquire the lock of the data plane.
 struct LockAttempts {
     path: PathBuf,
+    /// True if the options let this keeper take over from other keepers ([`Options::takes_over`]).
+    /// The value does not depend on the attempts.
     takes_over: bool,
     /// Time since which every attempt has found the lock free.
     free_since: Option<Instant>,

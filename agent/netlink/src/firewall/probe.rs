@@ -18,11 +18,13 @@ pub fn table() -> Result<(), String> {
         .map_err(|error| format!("not tested, no scratch network namespace: {error}"))?
 }
 
-/// Reads the forward chains of other programs. `pods` is true if the CNI plugin creates the pods'
+/// Checks that no forward chain of another program drops packets of pods, and changes nothing.
+/// Returns a sentence for users that says so. `pods` is true if the CNI plugin creates the pods'
 /// interfaces.
 ///
 /// # Errors
-/// The chains that drop packets of pods or cannot be read, each with the remedy or the reason.
+/// A text for users that lists the chains that drop packets of pods, with remedies, and the chains
+/// that cannot be read, with reasons.
 pub async fn forward_chains(interface: &str, pods: bool) -> Result<String, String> {
     let forward = forward::ensure(interface, pods, false).await;
     let closed = [forward.errors, forward.unknown].concat();

@@ -1,6 +1,7 @@
 //! Deliberate faults of the compiler, with which a test proves that the property tests find faults.
 
-/// A fault of the compiler.
+/// A deliberate fault of the compiler. A test activates one fault at a time and expects
+/// that the property tests find it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mutation {
     /// `NotIn` selects only objects that have the key.
@@ -34,7 +35,7 @@ thread_local! {
     static ACTIVE: std::cell::Cell<Option<Mutation>> = const { std::cell::Cell::new(None) };
 }
 
-/// Returns whether a fault is active in this thread.
+/// Returns whether a test has activated this fault in this thread.
 #[cfg(test)]
 pub(crate) fn mutated(mutation: Mutation) -> bool {
     ACTIVE.get() == Some(mutation)

@@ -61,7 +61,8 @@ pub enum Match {
 }
 
 impl Match {
-    /// Returns the name of the set that the condition refers to.
+    /// Returns the name of the address or port set to which the condition refers; `None` for
+    /// conditions without a set. Sets are in [`Program::sets`](super::Program::sets).
     pub fn set(&self) -> Option<&str> {
         match self {
             Self::Peer(_, set) | Self::PortSet(_, set) | Self::NamedPort(_, set) => Some(set),
@@ -70,7 +71,7 @@ impl Match {
     }
 }
 
-/// Verdict of a statement or of a map.
+/// Verdict of a [`Statement`] or of an entry of an [`InterfaceMap`](super::InterfaceMap).
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Verdict {
     /// Accepts the packet in this direction.
@@ -86,7 +87,7 @@ pub enum Verdict {
     Dispatch(String),
 }
 
-/// Chains by protocol and destination port.
+/// Map from protocol and destination port to a chain, for [`Verdict::Dispatch`].
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PortMap {
     /// Names of chains by protocol and port.

@@ -124,6 +124,8 @@ fn add_pods(reader: &mut Reader, field: &str, pods: &Parsed<NamespacedPod>, unio
     union.terms.extend(pods.map(|pods| labelled(pods.namespace_selector, pods.pod_selector)));
 }
 
+/// Converts the `protocols` of a rule, with their destination ports. An empty list matches packets
+/// of any protocol. Entries that cannot be read are reported and left out.
 fn transport_list(
     reader: &mut Reader,
     field: &str,
