@@ -20,6 +20,7 @@ pub struct Tools {
     wg: Option<PathBuf>,
     nebula: Option<PathBuf>,
     nebula_cert: Option<PathBuf>,
+    /// Lines (YAML) that are appended to Nebula's configuration; not a program.
     nebula_extra: String,
 }
 
@@ -40,7 +41,8 @@ impl Tools {
         }
     }
 
-    /// Returns the program that a network needs and that is missing, or `None`.
+    /// Returns a message for users if a program that the network needs is missing, for example
+    /// "no nebula"; `None` if no program is missing.
     pub fn missing(&self, overlay: Overlay) -> Option<&'static str> {
         let absent = |path: &Option<PathBuf>| !path.as_ref().is_some_and(|path| path.is_file());
         match overlay {

@@ -132,7 +132,10 @@ impl From<Overlay> for String {
 /// A laboratory of two nodes whose pods communicate over one network.
 pub struct Network {
     daemons: Vec<Process>,
+    /// Laboratory with Skein; `None` for the other networks.
     skein: Option<Cluster>,
+    /// Laboratory of a network other than Skein (WireGuard, Nebula, VXLAN, routes); `None` for
+    /// Skein, whose laboratory is in `skein`.
     plain: Option<Lab>,
 }
 

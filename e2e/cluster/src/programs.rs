@@ -50,8 +50,10 @@ pub struct Programs {
     pub kubernetes: PathBuf,
     /// Path of the program `helm`.
     pub helm: PathBuf,
-    /// Root directory of a current container runtime, whose `usr` is mounted over `/usr` on every
-    /// machine; `None` for the Kubernetes of the cache, which runs on the system's containerd.
+    /// Root directory of a current container runtime. On every machine of the cluster, the
+    /// subdirectory `usr` of this directory is mounted over `/usr` as an overlay, so that its files
+    /// replace files with the same path. `None` for the Kubernetes of the cache, which runs on the
+    /// containerd of the test host.
     pub(super) runtime: Option<PathBuf>,
 }
 

@@ -79,7 +79,8 @@ pub fn uninstall(kube: &Kube) -> Result<()> {
         .map(drop)
 }
 
-/// Creates a DaemonSet and returns its pods, one per node, when all run.
+/// Creates the DaemonSet `pod`, waits until a pod of it runs on every node that is switched on, and
+/// returns these pods.
 ///
 /// # Errors
 /// If a pod does not run after 60 s.
@@ -104,7 +105,8 @@ pub fn pods(kube: &mut Kube) -> Result<Vec<Pod>> {
     running(kube)
 }
 
-/// Waits until a pod of [`pods`] runs on every node that is switched on, and returns these pods.
+/// Waits until a pod of the DaemonSet that [`pods`] created runs on every node that is switched on,
+/// and returns these pods. Creates nothing.
 ///
 /// # Errors
 /// If a pod does not run after 60 s.
@@ -141,7 +143,11 @@ fn list(kube: &Kube) -> Result<Vec<Pod>> {
     Ok(pods)
 }
 
-/// Finds the network namespace of a node's pod with this address.
+/// Returns the path, on the node, of the network namespace of the pod with this address. (Not a
+/// namespace of Kubernetes.)
+///
+/// # Errors
+/// If the node is switched off, or if no network namespace of the node has the address.
 fn namespace(node: &Node, ip: IpAddr) -> Result<String> {
     let names = node.exec(&["ls", "/run/netns"])?;
     for name in names.lines() {
@@ -156,8 +162,8 @@ fn namespace(node: &Node, ip: IpAddr) -> Result<String> {
 }
 
 impl Pod {
-    /// Returns a command that runs in the pod's network namespace with the host's programs. It
-    /// works without the API server, which `kubectl exec` needs.
+    /// Returns a command that runs a program of the pod's node in the pod's network namespace. The
+    /// command does not need the API server, which `kubectl exec` needs.
     ///
     /// # Errors
     /// If the pod's node is switched off.
@@ -262,7 +268,8 @@ impl Pings {
     }
 }
 
-/// Runs `work` on a cluster with Skein and a pod on every node.
+/// Creates a cluster, installs Skein with `settings` (`--set`), creates a pod on every node
+/// ([`pods`]), and runs `work`. The cluster is removed at the end.
 ///
 /// # Errors
 /// If the cluster cannot be created, or if `work` fails. The error contains the state of all pods
@@ -347,7 +354,8 @@ pub fn metrics(node: &Node) -> Result<Metrics> {
     Ok(Metrics(answer.body))
 }
 
-/// Kills the processes of Skein on a node (SIGKILL) whose first argument is `command`.
+/// Kills (SIGKILL) each process of `skein-agent` on a node whose first argument is `command`, for
+/// example `run`.
 ///
 /// # Errors
 /// If the node is switched off, or if there is no such process.
@@ -370,8 +378,8 @@ pub fn traces(node: &Node) -> Result<Vec<String>> {
     let tables = node.exec(&["nft", "list", "tables"])?;
     all.extend(tables.lines().filter(|line| line.contains("skein")).map(str::to_owned));
     for directory in ["/etc/cni/net.d", "/opt/cni/bin", "/run/skein", "/var/lib/skein"] {
-        // Directories are ignored: those of the mounts of a removed container may remain for a
-        // moment.
+        // Directories are ignored, because the mount points of a removed container may remain for
+        // a moment.
         let ours = ["(", "-name", "*skein*", "-o", "-path", "*skein/*", ")", "!", "-type", "d"];
         let files = node.exec(&[&["find", directory][..], &ours].concat());
         all.extend(files.unwrap_or_default().lines().map(str::to_owned));

@@ -16,8 +16,8 @@ use crate::{Family, Lab, Pod};
 /// the event does not occur, so that no test depends on the speed of the machine.
 pub const EVENT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Limit of the interruption of a TCP transfer that continues after an event, in seconds. Tests
-/// print the measured interruption; the figures are in docs/faults.md and docs/performance.md.
+/// Maximum interruption, in seconds, of a TCP transfer that continues after an event. Tests print
+/// the measured interruption. Measured values are in docs/faults.md and docs/performance.md.
 pub const MAX_INTERRUPTION: f64 = 10.0;
 
 /// Interval of the timer by which an agent compares the kernel's state with the desired state.
@@ -43,8 +43,8 @@ pub fn all_reach_all(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// Waits until a ping is answered, for example after a handshake, and checks that three more pings
-/// are answered.
+/// Waits up to [`EVENT_TIMEOUT`] (30 s) until `to` answers a ping, and checks that `to` answers
+/// three more pings. Use [`wait_until_reached`] to measure the time.
 ///
 /// # Errors
 /// If no ping is answered within [`EVENT_TIMEOUT`], or if one of the three is lost.
@@ -133,8 +133,9 @@ pub fn datagrams(
 /// # Errors
 /// If a datagram is lost, changed or reordered.
 pub fn datagrams_arrive(from: &Pod, to: &Pod, family: Family, payload: usize) -> Result<()> {
-    // A sender that was delayed sends all due datagrams at once. The number of large ones, which
-    // consist of dozens of fragments each, is so low that all fit the queue of the TUN device.
+    // A sender that was delayed sends all due datagrams at once. A datagram of 10,000 bytes or
+    // more consists of up to dozens of fragments. The number of these datagrams is so low that all
+    // fragments fit the queue of the TUN device.
     let (rate, time) = match payload {
         ..10_000 => (500, Duration::from_millis(60)),
         _ => (40, Duration::from_millis(250)),

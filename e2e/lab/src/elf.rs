@@ -1,4 +1,4 @@
-//! Linkage of programs: the program headers of ELF files (elf(5)).
+//! Detection of statically linked programs, by the program headers of their ELF files (elf(5)).
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;

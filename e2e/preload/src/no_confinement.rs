@@ -7,8 +7,10 @@ unsafe extern "C" {
     fn __errno_location() -> *mut c_int;
 }
 
-/// Replaces syscall(2) of the C library. On the supported architectures, variable arguments that
-/// are integers or pointers are passed as fixed ones.
+/// Replaces syscall(2) of the C library, a variadic function. Stable Rust cannot define a variadic
+/// function, so this function has six fixed parameters, the maximum of a system call. On
+/// Linux on x86-64 and AArch64, callers pass integers and pointers to both kinds of function in the
+/// same way.
 ///
 /// # Safety
 ///

@@ -110,7 +110,8 @@ fn every_version_of_kubernetes_accepts_the_objects() -> Result<()> {
         let mut files = vec![];
         for (name, settings) in VARIANTS {
             let mut text = render(settings, version)?;
-            // The object that the Job creates is checked like those that helm creates.
+            // The Job skein-cleanup creates a DaemonSet from a ConfigMap. That DaemonSet is
+            // checked like the objects that helm creates.
             let cleanup = programs::yaml(&text)?
                 .into_iter()
                 .find_map(|object| object["data"]["daemonset.yaml"].as_str().map(str::to_owned));
@@ -185,7 +186,8 @@ fn removal_job_needs_a_release_unless_told_otherwise() -> Result<()> {
     });
     let has_right = rules.as_array().is_some_and(|rules| rules.contains(&right));
     ensure!(has_right, "The role does not allow to read the ConfigMap: {rules:#}");
-    // If another tool than helm renders the chart, only the hook is missing.
+    // `--no-hooks`, for tools that do not know hooks, leaves out the objects of the removal hook
+    // and no other object.
     let chart = chart::path().to_string_lossy().into_owned();
     let plain = helm(&["template", "skein", &chart, "--no-hooks", "--include-crds"], &[])?;
     ensure!(plain.code == 0, "helm template failed: {}", plain.stderr);
