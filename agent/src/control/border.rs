@@ -39,7 +39,6 @@ pub(super) fn firewall_rules(
         local: desired.local_cidrs.clone(),
         cluster: desired.overlay.iter().filter(is_pods).copied().collect(),
         peers: peers().flat_map(|peer| peer.endpoints.clone()).collect(),
-        underlay: config.underlay.addresses.clone(),
         source_ports: source_ports.to_vec(),
         drop_spoofed: settings.drop_spoofed,
         drop_cleartext: settings.drop_cleartext,

@@ -277,7 +277,7 @@ fn service_that_a_record_lists_stays_reachable() -> Result<()> {
     let mut record = border.cluster.agents[1].record.clone();
     record.endpoints.push(format!("198.51.100.53:{PORT}"));
     border.cluster.agents[0].put_record(&record)?;
-    let listed = || Ok(node.sh("nft list table inet skein")?.contains("198.51.100.53"));
+    let listed = || Ok(node.sh("nft list table inet skein")?.contains("198.51.100.53 . "));
     checks::eventually("the rules know the endpoint", checks::EVENT_TIMEOUT, listed)?;
     node.nft(
         "add table ip service\n\

@@ -1,7 +1,7 @@
 //! Content of the nftables table, as text for `nft -f`.
 
 use std::fmt::Write as _;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
@@ -25,9 +25,6 @@ pub struct Rules {
     pub cluster: Vec<IpNet>,
     /// Underlay endpoints of the other nodes.
     pub peers: Vec<SocketAddr>,
-    /// Addresses at which the data process listens and from which it sends; an unspecified address
-    /// stands for all addresses of its family.
-    pub underlay: Vec<IpAddr>,
     /// UDP source ports of the overlay's datagrams; empty until the data process has reported them.
     pub source_ports: Vec<u16>,
     /// Drop packets that have a pod's source and arrive by an interface that is not the pod's.
@@ -79,7 +76,6 @@ impl Rules {
             local: nets(["10.244.1.0/24", "fd00:1::/64"]),
             cluster: nets(["10.244.0.0/16", "fd00::/16"]),
             peers: peers.iter().filter_map(|text| text.parse().ok()).collect(),
-            underlay: vec![[192, 0, 2, 1].into(), Ipv6Addr::UNSPECIFIED.into()],
             source_ports: vec![51900, 40001],
             drop_spoofed: true,
             drop_cleartext: true,
@@ -130,12 +126,6 @@ impl Rules {
         for (chain, ..) in unused {
             let _ = writeln!(text, "delete chain inet {table} {chain}");
         }
-        // Sets of earlier versions. A set can be deleted only if it exists and no rule uses it.
-        for (set, family) in [("peers4", "ip"), ("peers6", "ip6")] {
-            let kind = format!("typeof {family} daddr . udp dport;");
-            let _ = writeln!(text, "add set inet {table} {set} {{ {kind} }}");
-            let _ = writeln!(text, "delete set inet {table} {set}");
-        }
         text
     }
 
@@ -168,6 +158,9 @@ impl Rules {
             nodes.dedup();
             let nodes = nodes.iter().map(ToString::to_string).collect();
             self.set(&mut text, "nodes", v4, &format!("{kind};"), nodes);
+            let endpoint = |peer: &SocketAddr| format!("{} . {}", peer.ip(), peer.port());
+            let endpoints = peers().map(endpoint).collect();
+            self.set(&mut text, "peers", v4, &format!("{kind} . udp dport;"), endpoints);
         }
         text
     }
@@ -233,25 +226,19 @@ impl Rules {
         .into()
     }
 
-    /// Output: the overlay's datagrams are not tracked, whatever their destination: cookie replies
-    /// go to addresses that unauthenticated senders choose, and would fill the table. Source
-    /// address and port identify the overlay's sockets, because no other socket can have both.
+    /// Output: the overlay's datagrams are not tracked. The rules match the source port, too: a
+    /// record may name an address and port of another service, and datagrams of other programs to
+    /// that service need their entries (NAT, stateful filters).
     fn untracked(&self) -> Vec<String> {
         if !self.notrack || self.source_ports.is_empty() {
             return Vec::new();
         }
         let ports: Vec<_> = self.source_ports.iter().map(u16::to_string).collect();
-        let ports = ports.join(", ");
-        let rule = |address: &IpAddr| {
-            let source = match (address.is_unspecified(), address) {
-                (true, IpAddr::V4(_)) => "meta nfproto ipv4".to_owned(),
-                (true, IpAddr::V6(_)) => "meta nfproto ipv6".to_owned(),
-                (false, IpAddr::V4(v4)) => format!("ip saddr {v4}"),
-                (false, IpAddr::V6(v6)) => format!("ip6 saddr {v6}"),
-            };
-            format!("{source} udp sport {{ {ports} }} notrack")
-        };
-        self.underlay.iter().map(rule).collect()
+        let ours = format!("udp sport {{ {} }}", ports.join(", "));
+        vec![
+            format!("{ours} ip daddr . udp dport @peers4 notrack"),
+            format!("{ours} ip6 daddr . udp dport @peers6 notrack"),
+        ]
     }
 
     /// Forward: the node is no gateway to pods for other machines. Packets of a connection that a
@@ -428,14 +415,11 @@ mod tests {
         let output: Vec<_> = text.lines().filter(|line| line.contains(" untracked ")).collect();
         let rules_of = |text: &[&str]| text.iter().filter(|line| line.contains("notrack")).count();
         assert_eq!(rules_of(&output), 2, "{text}");
-        for (rule, source) in
-            output[output.len() - 2..].iter().zip(["ip saddr 192.0.2.1", "meta nfproto ipv6"])
-        {
-            let expected = format!("{source} udp sport {{ 51900, 40001 }} notrack");
-            assert!(rule.ends_with(&expected), "{rule}");
+        for rule in output.iter().filter(|line| line.contains("notrack")) {
+            assert!(rule.contains("udp sport { 51900, 40001 } ip"), "{rule}");
         }
         let unknown = Rules { source_ports: Vec::new(), ..Rules::example() }.text();
-        assert!(!unknown.contains("udp sport"), "no port is known: {unknown}");
+        assert!(!unknown.contains("@peers4 notrack"), "no port is known: {unknown}");
     }
 
     #[test]
