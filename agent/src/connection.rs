@@ -10,18 +10,21 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 /// Serves one request and closes the connection. `header_timeout` bounds the time for the request
 /// header, `timeout` the time for the request and its answer. A handler may answer `101 Switching
-/// Protocols`; it then owns the connection, without a timeout.
+/// Protocols`; it then owns the connection, without a timeout. With `half_close`, a client that has
+/// shut down its writing side receives the answer; without, the connection ends.
 pub(crate) async fn serve_request<S>(
     stream: S,
     router: Router,
     header_timeout: Duration,
     timeout: Duration,
+    half_close: bool,
 ) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let connection = http1::Builder::new()
         // One request per connection, so that an idle client does not occupy a connection.
         .keep_alive(false)
+        .half_close(half_close)
         .timer(TokioTimer::new())
         .header_read_timeout(header_timeout)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router))

@@ -210,7 +210,7 @@ fn device_in_use_exits_with_5_and_foreign_address_with_2() {
         create_persistent("skein0").unwrap();
         ip("link set skein0 alias skein:node-a");
         let (queues, ..) = open_queues("skein0", 1, TunOffload::NONE).unwrap();
-        assert_refused(&mut node, 5, &["skein0", "open in another process"]);
+        assert_refused(&mut node, 5, &["another process uses TUN device skein0"]);
         drop(queues);
         let file = node.path("agent.toml");
         let good = std::fs::read_to_string(&file).unwrap();

@@ -27,6 +27,7 @@ use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
 use skein_sys::socket::is_trusted;
 use tokio::net::UnixStream;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 
 pub(super) use self::lines::HAND_OVER as HAND_OVER_LINE;
@@ -160,7 +161,7 @@ async fn answer(stream: UnixStream, service: Service, router: Router) -> io::Res
     if lines::is_line_request(&stream).await? {
         return lines::answer(stream, &service).await;
     }
-    serve_request(stream, router, REQUEST_TIMEOUT, REQUEST_TIMEOUT).await;
+    serve_request(stream, router, REQUEST_TIMEOUT, REQUEST_TIMEOUT, true).await;
     Ok(())
 }
 
@@ -213,9 +214,15 @@ async fn hand_over(
         let text = format!("the request needs the header Upgrade: {HAND_OVER_PROTOCOL}");
         return Err(ErrorAnswer(StatusCode::UPGRADE_REQUIRED, text));
     }
-    let permit = service.senders.hand_over.try_reserve_owned().map_err(|_| {
-        let text = "another agent is already taking over".to_owned();
-        ErrorAnswer(StatusCode::CONFLICT, text)
+    let permit = service.senders.hand_over.try_reserve_owned().map_err(|error| match error {
+        TrySendError::Full(_) => {
+            let text = "another agent is already taking over".to_owned();
+            ErrorAnswer(StatusCode::CONFLICT, text)
+        }
+        TrySendError::Closed(_) => {
+            let text = "the agent is exiting".to_owned();
+            ErrorAnswer(StatusCode::SERVICE_UNAVAILABLE, text)
+        }
     })?;
     tokio::spawn(async move {
         match upgraded(request).await {
@@ -318,6 +325,23 @@ mod tests {
             let RotationRequest { at_once, answer: to } = requests.recv().await.unwrap();
             to.send(answer(at_once)).unwrap();
         });
+    }
+
+    #[tokio::test]
+    async fn client_that_has_shut_down_its_side_is_answered() {
+        let mut agent = Agent::start();
+        let (_, unused) = mpsc::channel(1);
+        let mut requests = std::mem::replace(&mut agent.rotate, unused);
+        tokio::spawn(async move {
+            let RotationRequest { answer, .. } = requests.recv().await.unwrap();
+            // Time in which the server sees the end of the client's data.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            answer.send(Ok(RotationStatus::of(PublicKey([1; 32])))).unwrap();
+        });
+        let request = "POST /key/rotation HTTP/1.1\r\nHost: x\r\n\
+                       Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}";
+        let answer = agent.answer(request).await;
+        assert!(answer.starts_with("HTTP/1.1 200 "), "the answer is {answer:?}");
     }
 
     #[tokio::test]

@@ -114,7 +114,7 @@ pub(crate) async fn accept(
         let router = router.clone();
         tokio::spawn(async move {
             let _permits = (permit, source_permit);
-            serve_request(stream, router, limits.header_timeout, limits.timeout).await;
+            serve_request(stream, router, limits.header_timeout, limits.timeout, false).await;
         });
     }
 }

@@ -207,6 +207,8 @@ fn default_interfaces_include_every_next_hop() {
 #[test]
 fn underlay_changes_are_reported_and_others_are_not() {
     in_namespace(|| async {
+        // Duplicate address detection would change addresses and routes later.
+        std::fs::write("/proc/sys/net/ipv6/conf/default/accept_dad", "0").unwrap();
         device("ua", 1500, &["192.0.2.1/24", "2001:db8:a::1/64"]);
         device("skp0123456789", 1440, &[]);
         let monitor = Monitor::start("sk-test").unwrap();
