@@ -1,7 +1,7 @@
 #![no_main]
 
 use skein_cni_protocol::frame;
-use skein_cni_protocol::{Response, AttachmentId, Request};
+use skein_cni_protocol::{AttachmentId, Request, Response};
 
 // Input: bytes of the socket between plugin and agent, or of an entry of the spool.
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
