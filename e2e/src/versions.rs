@@ -9,18 +9,15 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 
-use skein_lab::agent::{self, Cluster};
+use skein_lab::agent::{self, Agent, Cluster};
 use skein_lab::console::Console;
 use skein_lab::instance::Instance;
-use skein_lab::load::ping::{Loss, Pings};
 use skein_lab::load::transfer::Transfer;
 use skein_lab::{Family, Lab, Plan, registry};
 use skein_lab::{cargo, checks, programs};
 
 /// Last commit before the serialised items were renamed.
 const EARLIER_COMMIT: &str = "19ee88e9";
-/// Interval of the pings.
-const PING_INTERVAL: Duration = Duration::from_millis(5);
 /// Size of the transfer that runs during a take-over, bytes, and its rate, bytes per second.
 const TRANSFER: (u64, u64) = (60 << 20, 20 << 20);
 /// Duration of the traffic before and after a take-over.
@@ -102,35 +99,24 @@ fn embedded(first: &Path, order: &Order<'_>, console: &Console) -> Result<()> {
     cluster.start()?;
     checks::all_reach_all(&cluster.lab)?;
     for (step, program) in order {
-        cluster.agents[0].program = program.to_path_buf();
-        let handshakes = handshakes(&cluster)?;
-        let (agents, lab) = (&mut cluster.agents, &cluster.lab);
-        let traffic = Traffic::start(lab)?;
-        agents[0].take_over()?.stop(Duration::from_secs(20))?;
-        let (loss, pause) = traffic.end()?;
-        report(step, &loss, pause, &cluster, handshakes, console)?;
+        take_over(&mut cluster, step, program, console, |agent| {
+            agent.take_over()?.stop(Duration::from_secs(20)).map(drop)
+        })?;
     }
     checks::all_reach_all(&cluster.lab)
 }
 
 fn pods(first: &Path, order: &Order<'_>, console: &Console) -> Result<()> {
     let mut cluster = prepare(first)?;
-    cluster.agents[0].set("dataplane.mode", "external");
-    cluster.agents[1].launch()?;
-    let mut pod = Instance::start(&cluster.agents[0], "pod-0")?;
-    pod.wait_ready()?;
-    cluster.agents[1].wait_ready()?;
-    checks::all_reach_all(&cluster.lab)?;
+    let mut pod = Instance::start_cluster(&mut cluster, "pod-0")?;
     for (number, (step, program)) in (1..).zip(order) {
-        cluster.agents[0].program = program.to_path_buf();
-        let handshakes = handshakes(&cluster)?;
-        let traffic = Traffic::start(&cluster.lab)?;
-        let next = Instance::start(&cluster.agents[0], &format!("pod-{number}"))?;
-        next.wait_ready()?;
-        ensure!(next.has_dataplane(), "the new pod did not take over:\n{}", next.log_tail());
-        std::mem::replace(&mut pod, next).delete();
-        let (loss, pause) = traffic.end()?;
-        report(step, &loss, pause, &cluster, handshakes, console)?;
+        take_over(&mut cluster, step, program, console, |agent| {
+            let next = Instance::start(agent, &format!("pod-{number}"))?;
+            next.wait_ready()?;
+            ensure!(next.has_dataplane(), "the new pod did not take over:\n{}", next.log_tail());
+            std::mem::replace(&mut pod, next).delete();
+            Ok(())
+        })?;
     }
     checks::all_reach_all(&cluster.lab)
 }
@@ -156,54 +142,36 @@ fn prepare(program: &Path) -> Result<Cluster> {
     Ok(cluster)
 }
 
-/// Returns the number of handshakes that the second node, which is not replaced, has started.
-fn handshakes(cluster: &Cluster) -> Result<f64> {
-    let metrics = cluster.agents[1].metrics()?;
-    Ok(metrics.sum("skein_handshakes_total", &["result=\"initiated\""]))
-}
-
-fn report(
+/// Sets the program of the first node's agent and runs `replace`, which takes over from the running
+/// agent, while pings and a TCP transfer run between the pods. Checks that no ping is lost, and
+/// that the second node, which is not replaced, starts no handshake.
+fn take_over(
+    cluster: &mut Cluster,
     step: &str,
-    loss: &Loss,
-    pause: f64,
-    cluster: &Cluster,
-    handshakes_before: f64,
+    program: &Path,
     console: &Console,
+    replace: impl FnOnce(&mut Agent) -> Result<()>,
 ) -> Result<()> {
+    cluster.agents[0].program = program.to_path_buf();
+    let handshakes = cluster.agents[1].initiated_handshakes()?;
+    let (from, to) = (cluster.lab.pod(0), cluster.lab.pod(1));
+    let (bytes, rate) = TRANSFER;
+    let address = (to.address(Family::V4), 7000).into();
+    let transfer = Transfer::start(&from.ns, &to.ns, address, bytes, Some(rate))?;
+    let loss = checks::pinged_while(&cluster.lab, || {
+        thread::sleep(TRAFFIC_MARGIN);
+        replace(&mut cluster.agents[0])?;
+        thread::sleep(TRAFFIC_MARGIN);
+        Ok(())
+    })?;
+    let pause = transfer.join()?.longest_pause;
     console
         .print(&format!("  {step}: {loss}; longest pause of the transfer {:.0} ms\n", pause * 1e3));
     ensure!(loss.lost == 0, "{step}: {loss}\n{}", cluster.logs());
     ensure!(
-        handshakes(cluster)? == handshakes_before,
+        cluster.agents[1].initiated_handshakes()? == handshakes,
         "{step}: the sessions were not taken over\n{}",
         cluster.logs()
     );
     Ok(())
-}
-
-/// Pings and a TCP transfer from the first node's pod to the second's.
-struct Traffic {
-    pings: Pings,
-    transfer: Transfer,
-    _log: tempfile::NamedTempFile,
-}
-
-impl Traffic {
-    fn start(lab: &Lab) -> Result<Self> {
-        let (from, to) = (lab.pod(0), lab.pod(1));
-        let log = tempfile::NamedTempFile::new()?;
-        let (bytes, rate) = TRANSFER;
-        let address = (to.address(Family::V4), 7000).into();
-        let transfer = Transfer::start(&from.ns, &to.ns, address, bytes, Some(rate))?;
-        let pings = Pings::start(&from.ns, to.address(Family::V4), PING_INTERVAL, log.path())?;
-        thread::sleep(TRAFFIC_MARGIN);
-        Ok(Self { pings, transfer, _log: log })
-    }
-
-    /// Returns the loss of the pings and the longest pause of the transfer in seconds.
-    fn end(self) -> Result<(Loss, f64)> {
-        thread::sleep(TRAFFIC_MARGIN);
-        let loss = self.pings.end()?;
-        Ok((loss, self.transfer.join()?.longest_pause))
-    }
 }

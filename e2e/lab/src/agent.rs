@@ -447,6 +447,14 @@ impl Agent {
         Ok(Metrics(answer.body))
     }
 
+    /// Returns the number of handshakes that the node has started.
+    ///
+    /// # Errors
+    /// Those of [`Agent::metrics`].
+    pub fn initiated_handshakes(&self) -> Result<f64> {
+        Ok(self.metrics()?.sum("skein_handshakes_total", &["result=\"initiated\""]))
+    }
+
     /// Returns the path of the log file of both processes.
     pub fn log(&self) -> PathBuf {
         self.directory.join("agent.log")

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::load::ping::{Ping, ping};
+use crate::load::ping::{Loss, Ping, Pings, ping};
 use crate::load::transfer::{Received, Transfer};
 use crate::load::udp::{self, Load, Outcome};
 use crate::{Family, Lab, Pod};
@@ -18,13 +18,43 @@ pub const EVENT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Maximum interruption, in seconds, of a TCP transfer that continues after an event. Tests print
 /// the measured interruption. Measured values are in docs/faults.md and docs/performance.md.
-pub const MAX_INTERRUPTION: f64 = 10.0;
+const MAX_INTERRUPTION: f64 = 10.0;
 
 /// Interval of the timer by which an agent compares the kernel's state with the desired state.
 const AGENT_INTERVAL: Duration = Duration::from_secs(10);
 
+/// Interval of the pings during an event, short in relation to any interruption.
+const PING_INTERVAL: Duration = Duration::from_millis(5);
+
 /// TCP and UDP port of the checks' receivers.
 const PORT: u16 = 7000;
+
+/// Pings from the first node's pod to the second's every 5 ms while `work` runs, and returns the
+/// losses.
+///
+/// # Errors
+/// The error of `work`, or of `ping` ([`Pings`]).
+pub fn pinged_while(lab: &Lab, work: impl FnOnce() -> Result<()>) -> Result<Loss> {
+    let (from, to) = (lab.pod(0), lab.pod(1));
+    let log = tempfile::NamedTempFile::new()?;
+    let pings = Pings::start(&from.ns, to.address(Family::V4), PING_INTERVAL, log.path())?;
+    std::thread::sleep(Duration::from_millis(200));
+    work()?;
+    pings.end()
+}
+
+/// Checks that a TCP transfer was interrupted for less than 10 s.
+///
+/// # Errors
+/// If the interruption was longer; the error contains its duration.
+pub fn interruption_is_bounded(received: &Received) -> Result<()> {
+    ensure!(
+        received.longest_pause < MAX_INTERRUPTION,
+        "The transfer was interrupted for {} s.",
+        received.longest_pause
+    );
+    Ok(())
+}
 
 /// Checks that the first pod of every node reaches the first pod of every other node, in both
 /// families.

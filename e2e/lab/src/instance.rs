@@ -10,6 +10,8 @@ use anyhow::{Context as _, Result, bail};
 use rustix::process::Signal;
 
 use super::agent::Agent;
+use super::checks;
+use super::cluster::Cluster;
 use super::process::{self, Finished, Process};
 
 /// Maximum time until an instance is ready on a busy machine.
@@ -58,6 +60,22 @@ impl Instance {
             agent: None,
             dataplane: None,
         })
+    }
+
+    /// Starts a cluster of two nodes: the agent and the data plane of the first belong to a pod
+    /// with this name, which is returned; the second is an ordinary node. Returns when the pods of
+    /// both nodes reach each other.
+    ///
+    /// # Errors
+    /// If an agent cannot be started, is not ready in time, or if a pod does not reach another.
+    pub fn start_cluster(cluster: &mut Cluster, name: &str) -> Result<Self> {
+        cluster.agents[0].set("dataplane.mode", "external");
+        cluster.agents[1].launch()?;
+        let pod = Self::start(&cluster.agents[0], name)?;
+        pod.wait_ready()?;
+        cluster.agents[1].wait_ready()?;
+        checks::all_reach_all(&cluster.lab)?;
+        Ok(pod)
     }
 
     /// Prepares a pod and starts both its containers.
