@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 use serde::Deserialize;
@@ -196,30 +197,32 @@ fn only_skein_sys_has_unsafe_code() -> Result<()> {
 
 #[test]
 fn no_crate_republishes_all_of_another() -> Result<()> {
-    let mut read = 0;
-    for directory in ["agent", "cni-plugin"] {
-        let mut open = vec![workspace().join(directory)];
-        while let Some(path) = open.pop() {
-            if path.is_dir() {
-                for entry in fs::read_dir(&path)? {
-                    open.push(entry?.path());
-                }
-            } else if path.extension().is_some_and(|extension| extension == "rs") {
-                let source = fs::read_to_string(&path)?;
-                let republishes = |line: &str| {
-                    line.trim_start().starts_with("pub use skein_") && line.ends_with("::*;")
-                };
-                ensure!(
-                    !source.lines().any(republishes),
-                    "{} republishes a crate.",
-                    path.display()
-                );
-                read += 1;
+    let files =
+        [rust_files(&workspace().join("agent"))?, rust_files(&workspace().join("cni-plugin"))?];
+    let files = files.concat();
+    for path in &files {
+        let source = fs::read_to_string(path)?;
+        let republishes =
+            |line: &str| line.trim_start().starts_with("pub use skein_") && line.ends_with("::*;");
+        ensure!(!source.lines().any(republishes), "{} republishes a crate.", path.display());
+    }
+    ensure!(files.len() > 100, "Only {} files were read.", files.len());
+    Ok(())
+}
+
+/// Returns the Rust files below `directory`.
+fn rust_files(directory: &Path) -> Result<Vec<PathBuf>> {
+    let (mut files, mut open) = (Vec::new(), vec![directory.to_path_buf()]);
+    while let Some(path) = open.pop() {
+        if path.is_dir() {
+            for entry in fs::read_dir(&path)? {
+                open.push(entry?.path());
             }
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            files.push(path);
         }
     }
-    ensure!(read > 100, "Only {read} files were read.");
-    Ok(())
+    Ok(files)
 }
 
 /// Paths to modules of the same crate that `source` names after `crate::` or `super::`, as segments
@@ -275,22 +278,16 @@ fn expand<'a>(base: Vec<String>, rest: &'a str, found: &mut Vec<Vec<String>>) ->
 /// of a module begins at the crate's root.
 fn modules(directory: &str) -> Result<Vec<(Vec<String>, String)>> {
     let root = workspace().join(directory);
-    let (mut modules, mut open) = (Vec::new(), vec![root.clone()]);
-    while let Some(path) = open.pop() {
-        if path.is_dir() {
-            for entry in fs::read_dir(&path)? {
-                open.push(entry?.path());
-            }
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            let name = path.strip_prefix(&root)?.with_extension("");
-            let mut module: Vec<_> =
-                name.iter().map(|segment| segment.to_string_lossy().into_owned()).collect();
-            module.pop_if(|last| ["lib", "mod"].contains(&last.as_str()));
-            if !module.iter().any(|name| ["tests", "testing"].contains(&name.as_str())) {
-                let source = fs::read_to_string(&path)?;
-                let code = source.split("\nmod tests {").next().unwrap_or_default();
-                modules.push((module, code.to_owned()));
-            }
+    let mut modules = Vec::new();
+    for path in rust_files(&root)? {
+        let name = path.strip_prefix(&root)?.with_extension("");
+        let mut module: Vec<_> =
+            name.iter().map(|segment| segment.to_string_lossy().into_owned()).collect();
+        module.pop_if(|last| ["lib", "mod"].contains(&last.as_str()));
+        if !module.iter().any(|name| ["tests", "testing"].contains(&name.as_str())) {
+            let source = fs::read_to_string(&path)?;
+            let code = source.split("\nmod tests {").next().unwrap_or_default();
+            modules.push((module, code.to_owned()));
         }
     }
     Ok(modules)

@@ -8,6 +8,16 @@ use super::*;
 use crate::connection::Netlink;
 use crate::testing::{configure, configured, in_namespace, ip, wanted};
 
+/// Receives the notifications of the next 200 ms.
+async fn drain(monitor: &Monitor) {
+    let received = async {
+        loop {
+            monitor.changed().await
+        }
+    };
+    let _ = tokio::time::timeout(Duration::from_millis(200), received).await;
+}
+
 #[test]
 fn deleted_interface_is_reported_and_created_again() {
     in_namespace(|| async {
@@ -16,12 +26,7 @@ fn deleted_interface_is_reported_and_created_again() {
         let wanted = wanted();
         let index = configured(&netlink, &wanted).await;
         monitor.set_index(index);
-        let drained = async {
-            loop {
-                monitor.changed().await
-            }
-        };
-        let _ = tokio::time::timeout(Duration::from_millis(200), drained).await;
+        drain(&monitor).await;
         let within = Duration::from_secs(30);
         for damage in ["route del 10.2.0.0/24", "address flush dev sk-test", "link del sk-test"] {
             ip(damage);
@@ -33,12 +38,7 @@ fn deleted_interface_is_reported_and_created_again() {
         assert_ne!(index, again);
         ip("link add dev unrelated type bridge");
         monitor.set_index(again);
-        let drained = async {
-            loop {
-                monitor.changed().await
-            }
-        };
-        let _ = tokio::time::timeout(Duration::from_millis(200), drained).await;
+        drain(&monitor).await;
         ip("link set unrelated up");
         let told = tokio::time::timeout(Duration::from_millis(200), monitor.changed()).await;
         assert!(told.is_err(), "Changes of other interfaces must not be reported.");
