@@ -1,11 +1,13 @@
 //! Entry points of the fuzz targets for the keeper's messages and for uevents.
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 use skein_ipc::{encode_frame, read_frame};
 
+use self::frames::frames;
 use crate::handover::{Answer, StartMessage, ToKeeper};
 use crate::vm_generation::is_new_generation;
+
+#[path = "../../fuzz/frames.rs"]
+mod frames;
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
@@ -18,14 +20,6 @@ pub fn ipc_frames(data: &[u8]) {
     frames::<StartMessage>(data);
     frames::<ToKeeper>(data);
     frames::<Answer>(data);
-}
-
-fn frames<T: Serialize + DeserializeOwned>(mut data: &[u8]) {
-    while let Ok(Some(message)) = read_frame::<T>(&mut data) {
-        let frame = encode_frame(&message).expect("a message that was read fits a frame");
-        let again = read_frame::<T>(&mut &frame[..]);
-        assert!(again.is_ok_and(|again| again.is_some()));
-    }
 }
 
 /// Reads a uevent. A message that counts as an announcement contains one.

@@ -61,10 +61,7 @@ pub(super) async fn nft(arguments: &[&str], input: &str) -> Result<String, Firew
         .stderr(Stdio::piped())
         .kill_on_drop(true)
         .spawn()
-        .map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => FirewallError::Missing,
-            _ => FirewallError::Io(error),
-        })?;
+        .map_err(start_error)?;
     let stdin = child.stdin.take();
     let talk = async {
         if let Some(mut stdin) = stdin {
@@ -77,6 +74,14 @@ pub(super) async fn nft(arguments: &[&str], input: &str) -> Result<String, Firew
         tokio::time::timeout(NFT_TIMEOUT, talk).await.map_err(|_| FirewallError::Timeout)??;
     finished(&output)?;
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Returns the reason why `nft` could not be started.
+pub(super) fn start_error(error: io::Error) -> FirewallError {
+    match error.kind() {
+        io::ErrorKind::NotFound => FirewallError::Missing,
+        _ => FirewallError::Io(error),
+    }
 }
 
 /// Checks the exit status of `nft`.

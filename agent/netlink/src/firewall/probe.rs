@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use skein_sys::in_new_network_namespace;
 
 use super::forward;
-use super::nft::{FirewallError, finished};
+use super::nft::{finished, start_error};
 use super::rules::Rules;
 
 /// Loads a table with every kind of rule in a scratch network namespace.
@@ -43,10 +43,7 @@ fn load() -> Result<(), String> {
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
-        .map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => FirewallError::Missing.to_string(),
-            _ => FirewallError::Io(error).to_string(),
-        })?;
+        .map_err(|error| start_error(error).to_string())?;
     if let Some(mut stdin) = child.stdin.take() {
         // If the program exits without reading, its exit status gives the reason.
         let _ = stdin.write_all(rules.text().as_bytes());
