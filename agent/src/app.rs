@@ -51,7 +51,7 @@ enum Command {
     Run {
         #[command(flatten)]
         config: ConfigArgs,
-        /// How the data process is started (overrides dataplane.mode)
+        /// Start mode of the data process (overrides dataplane.mode)
         #[arg(long)]
         dataplane: Option<Mode>,
         #[command(flatten)]

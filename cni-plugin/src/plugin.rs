@@ -1,4 +1,4 @@
-//! One call of the plugin: converts environment and standard input to a request to the agent, and
+//! Call of the plugin: converts environment and standard input to a request to the agent, and
 //! the response to a document on standard output.
 
 use std::fs::File;

@@ -37,7 +37,7 @@ pub enum IpamError {
     /// node.
     #[error("{0} is reserved")]
     Reserved(IpAddr),
-    /// Another attachment has the address.
+    /// The requested address belongs to another attachment.
     #[error("{ip} belongs to {}", DisplayId(holder))]
     Taken {
         /// Address with a conflict.
@@ -85,7 +85,7 @@ impl IpamError {
 /// Errors of the store.
 #[derive(Debug, Error)]
 pub enum StoreError {
-    /// Another process has the file open.
+    /// The file is open in another process.
     #[error(
         "another process uses it. Stop that process, or give each agent a state_dir of its own."
     )]

@@ -9,7 +9,7 @@ use super::link::Link;
 /// Errors of the creation of the overlay's interface.
 #[derive(Debug, Error)]
 pub enum InterfaceError {
-    /// Another program has an interface with this name.
+    /// The interface with this name belongs to another program.
     #[error(
         "interface {name} belongs to another program ({found}). Set interface.name to another name, \
          or delete the interface (ip link delete {name})."

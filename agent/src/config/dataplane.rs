@@ -43,7 +43,7 @@ pub enum Mode {
     /// The control process starts the data process as its child.
     #[default]
     Spawn,
-    /// Another program starts the data process, for example a service manager or a second
+    /// The data process is started by another program, for example a service manager or a second
     /// container.
     External,
 }

@@ -46,7 +46,7 @@ pub struct RecvBatch {
 // dereference the pointers.
 unsafe impl Send for RecvBatch {}
 
-/// One received message: a datagram, or several merged datagrams of one sender (UDP_GRO). Merged
+/// Received message: a datagram, or several merged datagrams of one sender (UDP_GRO). Merged
 /// datagrams have the same size, except for a shorter last one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Message {

@@ -144,7 +144,7 @@ struct Call {
     iovecs: Vec<libc::iovec>,
     control: Vec<Control>,
     headers: Vec<libc::mmsghdr>,
-    /// For each message, the index of its address and the end of its iovecs.
+    /// Index of the address and end of the iovecs of each message.
     layout: Vec<(usize, usize)>,
 }
 

@@ -62,7 +62,7 @@ pub enum TunError {
         /// Requested interface name.
         name: String,
     },
-    /// Another process has attached queues of the device.
+    /// The device has queues of another process.
     #[error(
         "another process uses TUN device {name} (attached queues: {queues}): stop the other data \
          process or choose another interface name"
@@ -274,7 +274,7 @@ fn wrap_descriptor(fd: OwnedFd, name: &str) -> Result<tun::Device, TunError> {
         .map_err(|source| failed(format!("using the descriptor of {name}"), source.into()))
 }
 
-/// One nonblocking queue of a TUN device. Each read and write transfers one packet with its
+/// Nonblocking queue of a TUN device. Each read and write transfers one packet with its
 /// virtio_net_hdr.
 pub struct TunQueue {
     device: tun::Device,

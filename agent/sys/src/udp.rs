@@ -53,7 +53,7 @@ pub enum LongestPayload {
 /// Error of creating or binding a socket.
 #[derive(Debug, thiserror::Error)]
 pub enum UdpError {
-    /// Another socket uses the port (EADDRINUSE).
+    /// The port is in use by another socket (EADDRINUSE).
     #[error(
         "UDP port {} is in use at {}: stop the program that uses it (ss -lnup 'sport = {}') or \
          set another underlay.port",

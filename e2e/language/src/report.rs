@@ -19,7 +19,7 @@ const LIMITS: [(&str, usize); 8] = [
     ("wide Markdown", 0),
 ];
 
-/// Everything that was found.
+/// Hits of all rules, with the numbers of doc comments to which limits relate.
 #[derive(Debug, Default)]
 pub(crate) struct Report {
     docs: BTreeMap<String, usize>,

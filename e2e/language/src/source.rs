@@ -27,7 +27,7 @@ pub(crate) struct Name {
     pub(crate) text: String,
 }
 
-/// Everything that the rules look at in one file.
+/// Doc comments and names of one file, as the rules need them.
 #[derive(Debug, Default)]
 pub(crate) struct Source {
     /// Doc comments outside of unit tests and of command line help.

@@ -12,9 +12,9 @@ use super::*;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fault {
     None,
-    /// This operation fails with ENOSPC after half of its data.
+    /// The operation with this number fails with ENOSPC after half of its data.
     Once(usize),
-    /// This operation and all later ones fail.
+    /// The operation with this number and all later ones fail.
     From(usize),
     /// Power is lost: this operation and all later ones fail, and reads fail, too.
     Power(usize),

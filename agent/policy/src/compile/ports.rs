@@ -10,7 +10,7 @@ use super::membership::is_named;
 /// Brings a list of ports into canonical form: ranges are disjoint and not adjacent, and a protocol
 /// that is listed as a whole has no ranges.
 ///
-/// For incoming traffic, names are replaced by the numbers that the pod itself has declared.
+/// Names of ports of incoming traffic are replaced by the numbers that the pod itself has declared.
 pub(super) fn canonical(
     ports: &Ports,
     direction: Direction,

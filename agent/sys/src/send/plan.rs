@@ -25,7 +25,7 @@ pub(super) const MAX_DATAGRAMS_PER_MESSAGE: usize = 64;
 /// protocol's limit (65,507 bytes) in software.
 pub(super) const MAX_MESSAGE_LEN: usize = 65_000;
 
-/// One message of a call: a range of datagrams of one batch.
+/// Message of a sendmmsg(2) call: a range of datagrams of one batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Message {
     /// Index of the batch.
