@@ -403,9 +403,6 @@ fn handshake_floods_stop_neither_transfers_nor_new_nodes() -> Result<()> {
             let most = 64.0 * (flood.seconds + 3.0);
             let done = counted("handshake_unknown_peer");
             ensure!(done < most, "{done} public-key operations were done, more than {most}.");
-            let entries = lab.nodes[1].ns.sh("conntrack -L -p udp")?;
-            let entries = entries.lines().filter(|line| line.contains("=198.18.")).count();
-            ensure!(entries == 0, "The cookie replies have {entries} entries in conntrack.");
         } else {
             let invalid = counted("handshake_invalid");
             ensure!(invalid > 1000.0, "Only {invalid} invalid initiations are counted.");
