@@ -45,20 +45,21 @@ pub fn build_agent() -> Result<()> {
 }
 
 /// Builds as [`build_agent`] does, but without the agent's Kubernetes client, which takes most of
-/// the time of a first build.
+/// the time of a first build. The package of `cargo e2e` is selected too, so that cargo unifies the
+/// features of dependencies as in the build of `cargo e2e` itself, and compiles none a second time.
 ///
 /// # Errors
 /// If the build fails.
 pub fn build_agent_without_kubernetes() -> Result<()> {
-    build_agent_with(&["--no-default-features"])
+    build_agent_with(&["--package=skein-e2e", "--no-default-features"])
 }
 
-fn build_agent_with(features: &[&str]) -> Result<()> {
+fn build_agent_with(options: &[&str]) -> Result<()> {
     if std::env::var_os("SKEIN_AGENT_BIN").is_some() {
         return Ok(());
     }
     let build = ["build", "--release", "--package=skein-agent", "--package=skein-cni", "--bins"];
-    run(&[&build, features].concat())
+    run(&[&build, options].concat())
 }
 
 /// Builds the programs of packages with the profile `dist` and without shared libraries, and
