@@ -15,7 +15,6 @@ mod cluster;
 pub mod cni;
 pub mod console;
 pub mod containerd;
-pub mod cri;
 pub mod elf;
 pub mod image;
 pub mod instance;

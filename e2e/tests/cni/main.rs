@@ -3,6 +3,7 @@
 mod addresses;
 mod attachments;
 mod conflist;
+mod cri;
 mod faults;
 mod forward_chains;
 mod installation;

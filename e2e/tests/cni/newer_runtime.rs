@@ -4,13 +4,13 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
 use std::time::{Duration, Instant};
 
+use crate::cri::Cri;
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use skein_lab::agent::{Agent, Cluster};
 use skein_lab::cni::{same, traces};
 use skein_lab::containerd::Containerd;
-use skein_lab::cri::Cri;
 use skein_lab::pods::{list, node, prepared, put_list};
 use skein_lab::{checks, newer};
 

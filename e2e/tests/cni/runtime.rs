@@ -7,6 +7,7 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
+use crate::cri::Cri;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use skein_lab::agent::Cluster;
@@ -14,7 +15,6 @@ use skein_lab::cargo::workspace;
 use skein_lab::checks;
 use skein_lab::cni::{self, same, traces};
 use skein_lab::containerd::{Containerd, IMAGE};
-use skein_lab::cri::Cri;
 use skein_lab::load::iperf::{self, Flow};
 use skein_lab::{Family, Lab, Netns, Plan, Underlay, process};
 

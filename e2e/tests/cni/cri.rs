@@ -9,13 +9,12 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use hyper_util::rt::TokioIo;
 use prost::Message;
+use skein_lab::containerd::IMAGE;
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic_prost::ProstCodec;
-
-use super::containerd::IMAGE;
 
 /// Maximum time of one call.
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
@@ -182,7 +181,7 @@ struct StatusAnswer {
 
 /// A connection to a container runtime.
 #[derive(Debug)]
-pub struct Cri {
+pub(crate) struct Cri {
     runtime: Runtime,
     channel: Channel,
     cgroup: String,
@@ -190,10 +189,10 @@ pub struct Cri {
 
 /// A pod sandbox of the runtime.
 #[derive(Debug)]
-pub struct Sandbox {
+pub(crate) struct Sandbox {
     config: SandboxConfig,
     /// Identifier of the sandbox, which the runtime passes as `CNI_CONTAINERID`.
-    pub id: String,
+    pub(crate) id: String,
 }
 
 impl Cri {
@@ -201,7 +200,7 @@ impl Cri {
     ///
     /// # Errors
     /// If no runtime listens on the socket.
-    pub fn connect(socket: &Path, cgroup: &str) -> Result<Self> {
+    pub(crate) fn connect(socket: &Path, cgroup: &str) -> Result<Self> {
         let runtime = Runtime::new()?;
         let socket: PathBuf = socket.to_owned();
         // The connector ignores the address, which the type requires, and always uses the socket.
@@ -233,7 +232,7 @@ impl Cri {
     ///
     /// # Errors
     /// If the runtime does not answer, or reports no such condition.
-    pub fn network_ready(&self) -> Result<bool> {
+    pub(crate) fn network_ready(&self) -> Result<bool> {
         Ok(self.network_problem()?.is_none())
     }
 
@@ -242,7 +241,7 @@ impl Cri {
     ///
     /// # Errors
     /// If the runtime does not answer, or reports no such condition.
-    pub fn network_problem(&self) -> Result<Option<String>> {
+    pub(crate) fn network_problem(&self) -> Result<Option<String>> {
         let answer: StatusAnswer = self.call("Status", Nothing {})?;
         let conditions = answer.status.unwrap_or_default().conditions;
         let network = conditions.into_iter().find(|c| c.kind == "NetworkReady");
@@ -255,7 +254,7 @@ impl Cri {
     ///
     /// # Errors
     /// If the runtime fails, for example because the CNI plugin fails.
-    pub fn run(&self, name: &str, ports: &[(u16, u16)]) -> Result<Sandbox> {
+    pub(crate) fn run(&self, name: &str, ports: &[(u16, u16)]) -> Result<Sandbox> {
         let mapping = |&(host, container): &(u16, u16)| PortMapping {
             protocol: 0,
             container_port: container.into(),
@@ -282,7 +281,7 @@ impl Cri {
     ///
     /// # Errors
     /// If the runtime fails or reports no network.
-    pub fn addresses(&self, sandbox: &Sandbox) -> Result<Vec<std::net::IpAddr>> {
+    pub(crate) fn addresses(&self, sandbox: &Sandbox) -> Result<Vec<std::net::IpAddr>> {
         let answer: SandboxStatusAnswer =
             self.call("PodSandboxStatus", Id { id: sandbox.id.clone() })?;
         let network = answer.status.and_then(|status| status.network).context("no network")?;
@@ -295,7 +294,12 @@ impl Cri {
     ///
     /// # Errors
     /// If the runtime fails.
-    pub fn container(&self, sandbox: &Sandbox, name: &str, command: &[&str]) -> Result<String> {
+    pub(crate) fn container(
+        &self,
+        sandbox: &Sandbox,
+        name: &str,
+        command: &[&str],
+    ) -> Result<String> {
         let request = CreateContainer {
             sandbox: sandbox.id.clone(),
             config: Some(ContainerConfig {
@@ -314,7 +318,7 @@ impl Cri {
     ///
     /// # Errors
     /// If the runtime fails, or if the command does not exit within 20 s.
-    pub fn exec(&self, container: &str, command: &[&str]) -> Result<(i32, String)> {
+    pub(crate) fn exec(&self, container: &str, command: &[&str]) -> Result<(i32, String)> {
         let request = ExecSync {
             container: container.to_owned(),
             command: command.iter().map(|&word| word.to_owned()).collect(),
@@ -329,7 +333,7 @@ impl Cri {
     ///
     /// # Errors
     /// If the runtime fails, for example because the CNI plugin fails.
-    pub fn remove(&self, sandbox: &Sandbox) -> Result<()> {
+    pub(crate) fn remove(&self, sandbox: &Sandbox) -> Result<()> {
         let id = Id { id: sandbox.id.clone() };
         let _: Nothing = self.call("StopPodSandbox", id.clone())?;
         let _: Nothing = self.call("RemovePodSandbox", id)?;
