@@ -39,18 +39,25 @@ pub(crate) fn check(packets: &[Packet], config: CoalesceConfig, likeness: Likene
         for slice in packet.payload {
             bytes.extend(&arena[slice.offset..slice.offset + slice.len]);
         }
-        assert_eq!(bytes.len(), packet.len, "as long as announced");
-        assert!(packet.payload.len() <= 1000, "more slices than writev takes");
+        assert_eq!(
+            bytes.len(),
+            packet.len,
+            "The length of a write differs from the announced one."
+        );
+        assert!(packet.payload.len() <= 1000, "A write has more slices than writev accepts.");
         let vnet = VnetHeader::parse(&packet.vnet).expect("ten bytes");
         assert_eq!(vnet.gso_type != vnet::GSO_NONE, packet.segments > 1);
         if packet.segments > 1 {
-            assert!(packet.len <= 65_535 && packet.segments <= 128, "more than the kernel takes");
+            assert!(
+                packet.len <= 65_535 && packet.segments <= 128,
+                "A superpacket is larger than the kernel accepts."
+            );
             assert_eq!(usize::from(vnet.hdr_len), packet.header.len());
         }
         written.push((vnet, bytes));
     });
     assert!(coalescer.is_empty() && written.len() == writes);
-    coalescer.flush(&arena, |_| unreachable!("flushed already"));
+    coalescer.flush(&arena, |_| unreachable!("The flush has left a write."));
 
     let mut taken = vec![false; packets.len()];
     let mut order = Vec::with_capacity(packets.len());

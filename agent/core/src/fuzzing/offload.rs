@@ -8,8 +8,9 @@ use crate::offload::vnet::VnetHeader;
 use crate::wire::header::Header;
 use crate::wire::ip::{self, IpHeader};
 
-/// Segments a virtio_net_hdr and a packet. The segments must be whole packets, with the announced
-/// number and maximum length.
+/// Reads `data` as a virtio_net_hdr and the packet after it, and segments the packet. The segments
+/// must be whole packets. Their number must be the announced one, and no segment may be longer than
+/// the announced maximum length.
 pub fn split_packet(data: &[u8]) {
     let Some(vnet) = VnetHeader::parse(data) else { return };
     let mut packet = data[VnetHeader::LEN..].to_vec();
@@ -18,11 +19,14 @@ pub fn split_packet(data: &[u8]) {
     let mut seen = 0;
     while let Some(segment) = segments.next_segment() {
         let ip = IpHeader::parse(segment);
-        assert!(ip.is_some_and(|ip| ip.total_len == segment.len()), "not a whole packet");
-        assert!(segment.len() <= longest, "longer than announced");
+        assert!(
+            ip.is_some_and(|ip| ip.total_len == segment.len()),
+            "A segment is not a whole packet."
+        );
+        assert!(segment.len() <= longest, "A segment is longer than announced.");
         seen += 1;
     }
-    assert_eq!(seen, count, "as many as announced");
+    assert_eq!(seen, count, "The number of segments differs from the announced one.");
 }
 
 /// Segments a superpacket and coalesces the segments. Segmenting the result must restore the same

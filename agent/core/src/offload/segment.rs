@@ -14,9 +14,9 @@ use crate::wire::tcp::{CWR, FIN, PSH};
 /// Maximum length of all headers in bytes: IPv4 (60) and TCP (60), or as much of IPv6 with
 /// extension headers.
 const MAX_HEADERS: usize = 128;
-/// Maximum number of segments of a TCP superpacket. Linux sends no segment below 8 bytes
-/// (TCP_MIN_SND_MSS less all options); smaller segments come only from a receiver's merge and are
-/// few.
+/// Maximum number of segments of a TCP superpacket. Linux sends no TCP segment with less than 8
+/// bytes of payload (TCP_MIN_SND_MSS without the space for options). Smaller segments occur only in
+/// superpackets that a receiver has merged (GRO), which have few segments.
 const MAX_TCP_SEGMENTS: usize = 65_536 / 8;
 
 const TCP_CSUM: usize = 16;

@@ -50,14 +50,15 @@ impl MacKeys {
         Self { mac1: key(b"skein v1 mac1"), cookie: key(b"skein v1 cookie") }
     }
 
-    /// Returns mac1 of a message, of which `message` is everything before mac1.
-    pub(crate) fn mac1(&self, message: &[u8]) -> Mac {
-        mac(&self.mac1, &[message])
+    /// Returns mac1 of a message. `input` is the part of the message before mac1.
+    pub(crate) fn mac1(&self, input: &[u8]) -> Mac {
+        mac(&self.mac1, &[input])
     }
 
-    /// Returns true if `check` is mac1 of the message. The comparison takes constant time.
-    pub(crate) fn verify_mac1(&self, message: &[u8], check: &[u8]) -> bool {
-        equal(&self.mac1(message), check)
+    /// Returns true if `check` is mac1 of the message whose part before mac1 is `input`. The
+    /// comparison takes constant time.
+    pub(crate) fn verify_mac1(&self, input: &[u8], check: &[u8]) -> bool {
+        equal(&self.mac1(input), check)
     }
 
     /// Encrypts a cookie for the sender of the message with this mac1. `salt` must be random,
@@ -98,9 +99,9 @@ impl MacKeys {
     }
 }
 
-/// Returns mac2 of a message, of which `message` is everything before mac2.
-pub(crate) fn mac2(cookie: &Mac, message: &[u8]) -> Mac {
-    mac(&hmac::Key::new(hmac::HMAC_SHA256, cookie), &[message])
+/// Returns mac2 of a message. `input` is the part of the message before mac2.
+pub(crate) fn mac2(cookie: &Mac, input: &[u8]) -> Mac {
+    mac(&hmac::Key::new(hmac::HMAC_SHA256, cookie), &[input])
 }
 
 /// mac2 of an initiation, with the values that it is computed from.

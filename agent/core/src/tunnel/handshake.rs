@@ -301,9 +301,10 @@ impl Peer {
         Ok(())
     }
 
-    /// Handles an authentic initiation that is newer than all before: installs a session and sends
-    /// the response to `source`, where the peer listens. `own` is the key of this node to which the
-    /// initiation is addressed, `theirs` the peer's transport parameters.
+    /// Handles an authentic initiation that is newer than all earlier initiations: installs a
+    /// session and sends the response to `source`, the address at which the peer listens.
+    /// `handshake` contains the key of this node to which the initiation is addressed, and the
+    /// transport parameters of the peer.
     ///
     /// # Errors
     /// [`DropReason::HandshakeInvalid`] if the response or the session cannot be made.

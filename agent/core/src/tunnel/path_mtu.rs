@@ -2,11 +2,12 @@
 //! ICMP messages are ignored.
 //!
 //! Every size is assumed to pass until [`MAX_PROBES`] padded pings of that size get no answer while
-//! short pings, sent at the same time, do ([`MAX_PROBES_AT_BASE`] for sizes in use up to 1280). A
-//! failure that concerns short pings, too, such as a flapping link, says nothing about sizes. After
-//! a size has failed, [`BASE_PLPMTU`] is used at once, and a binary search finds the largest size
-//! that passes. The size in use is confirmed every [`CONFIRMATION_TIMER`]; a larger size is tried
-//! every [`PMTU_RAISE_TIMER`].
+//! short pings, sent at the same time, do. The number is [`MAX_PROBES_AT_BASE`] for a size that is
+//! not larger than the size in use and not larger than [`BASE_PLPMTU`]. A failure that concerns
+//! short pings, too, such as a flapping link, says nothing about sizes. After a size has failed,
+//! [`BASE_PLPMTU`] is used at once, and a binary search finds the largest size that passes. The
+//! size in use is confirmed every [`CONFIRMATION_TIMER`]; a larger size is tried every
+//! [`PMTU_RAISE_TIMER`].
 
 use std::time::Duration;
 
@@ -17,9 +18,9 @@ use crate::wire::ip::{MIN_IPV4_MTU, MIN_IPV6_MTU};
 /// counts as too large (MAX_PROBES of RFC 8899, section 5.1.2): more than chance explains at 10 %
 /// loss.
 const MAX_PROBES: usize = 5;
-/// The same number for a size in use of at most [`BASE_PLPMTU`], because IPv6 does not work below
-/// 1280 bytes: a receive buffer that is full for a second or two, but still has room for short
-/// datagrams, must not reduce the size.
+/// Replaces [`MAX_PROBES`] for a size that is not larger than the size in use and not larger than
+/// [`BASE_PLPMTU`]. IPv6 does not work below 1280 bytes, so that a receive buffer that is full for
+/// a second or two, but still has room for short datagrams, must not reduce the size.
 const MAX_PROBES_AT_BASE: usize = 20;
 /// BASE_PLPMTU of RFC 8899, section 5.1.2: in use while the largest size is searched.
 const BASE_PLPMTU: u16 = MIN_IPV6_MTU;

@@ -42,11 +42,13 @@ pub(crate) const RTT_PING_INTERVAL: Duration = Duration::from_secs(10);
 /// Time since the last data sent after which a session counts as idle: no more pings or probes are
 /// sent.
 pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(15);
-/// Time without an answer after which a peer counts as unreachable. With two ticks and the
-/// publication of the state, an operator knows within 5 s.
+/// Time without an answer after which a peer counts as unreachable. Two ticks and the publication
+/// of the state follow, so that an operator knows within 5 s.
 pub(crate) const UNREACHABLE_TIMEOUT: Duration = Duration::from_millis(3000);
-/// Time over which a peer must report that it hears nothing from this node until it counts as
-/// unreachable: 8 pings. With the second before the first ping, the detection takes as long as
+/// Time between the first and the latest ping in which a peer reports that it receives nothing from
+/// this node. After this time the peer counts as unreachable. The value is 100 ms less than 8
+/// intervals of [`PING_RETRY_INTERVAL`]. The peer sends the first of these pings after
+/// [`SILENT_PING_DELAY`] (1 s), so that the detection takes about as long as
 /// [`UNREACHABLE_TIMEOUT`].
 pub(crate) const DEAF_TIMEOUT: Duration = Duration::from_millis(1900);
 /// Interval at which the path MTU in use is confirmed while data is sent (RFC 8899, section 5.1.1).
@@ -57,7 +59,8 @@ pub(crate) const PMTU_RAISE_TIMER: Duration = Duration::from_secs(60);
 /// [`TICK_INTERVAL`].
 pub(crate) const PROBE_TIMER: Duration = Duration::from_millis(250);
 /// Time after which the probes of a size are abandoned without a result, because the peer answers
-/// too few short pings. The time is twice as long for sizes in use up to 1280 bytes.
+/// too few short pings. The time is twice as long for a probe that is not larger than the path MTU
+/// in use and not larger than 1280 bytes.
 pub(crate) const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Maximum plausible round-trip time; longer samples are ignored.
 pub(crate) const MAX_ROUND_TRIP: Duration = Duration::from_secs(60);

@@ -241,7 +241,8 @@ fn checksum_field_in_ip_header_is_refused() {
 
 #[test]
 fn tcp_segments_beyond_limit_are_refused() {
-    // No kernel sends segments below 8 bytes for long (TCP_MIN_SND_MSS less all options).
+    // Segments of 7 bytes would exceed `MAX_TCP_SEGMENTS`, which is 65,536 / 8. Segments of 8 bytes
+    // are the smallest that Linux sends.
     let long = Packet::tcp(0, 60_000);
     assert_eq!(refused(long.vnet(7), &long.bytes()), DropReason::VnetHeader);
     assert_eq!(segments(long.vnet(8), &long.bytes()).len(), 7500);

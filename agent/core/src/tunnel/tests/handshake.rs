@@ -211,7 +211,7 @@ fn requested_initiations_are_repeated_with_backoff() {
 }
 
 #[test]
-fn unrequested_handshake_is_abandoned() {
+fn handshake_without_further_requests_is_abandoned() {
     let mut lab = Lab::new(2);
     lab.underlay.cut.insert((0, 1));
     lab.send(0, 1, b"first");
@@ -329,7 +329,7 @@ fn unknown_key_is_refused() {
 }
 
 #[test]
-fn underlay_below_handshake_size_fails_without_session() {
+fn peer_behind_mtu_below_handshake_size_is_unreachable() {
     let mut lab = Lab::new(2);
     lab.underlay.mtu = 160;
     lab.flow(0, 1, ms(200));
