@@ -49,7 +49,7 @@ impl KeeperChannel {
     }
 
     /// Requests `queues` queues of the TUN device `name` ([`tun::open_queues`]). Returns the
-    /// queues, the active offloads, and the reasons for the others.
+    /// queues, the active offloads, and the name of each inactive offload with the reason.
     ///
     /// # Errors
     /// [`SetupError::Refused`] with the keeper's error, [`SetupError::Io`] if the channel fails.
@@ -64,9 +64,10 @@ impl KeeperChannel {
             (Answer::Queues { offload, notes, .. }, descriptors) => {
                 let inherit = |fd| tun::inherit_queue(fd, name);
                 let queues = descriptors.into_iter().map(inherit).collect::<Result<_, _>>()?;
-                let notes = notes.into_iter().filter_map(|(rung, why)| {
-                    let rung = tun::TUN_OFFLOADS.into_iter().find(|known| *known == rung)?;
-                    Some((rung, why))
+                let notes = notes.into_iter().filter_map(|(inactive, why)| {
+                    let inactive =
+                        tun::TUN_OFFLOADS.into_iter().find(|known| *known == inactive)?;
+                    Some((inactive, why))
                 });
                 Ok((queues, offload, notes.collect()))
             }
@@ -114,7 +115,8 @@ pub(super) fn answer_queues(
 ) -> io::Result<()> {
     match tun::open_queues(name, queues.into(), allowed) {
         Ok((open, offload, notes)) => {
-            let notes = notes.into_iter().map(|(rung, why)| (rung.to_owned(), why)).collect();
+            let notes =
+                notes.into_iter().map(|(inactive, why)| (inactive.to_owned(), why)).collect();
             let all: Vec<_> = open.iter().map(AsFd::as_fd).collect();
             send(channel, &Answer::Queues { queues, offload, notes }, &all)
         }

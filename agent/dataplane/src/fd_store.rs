@@ -131,8 +131,8 @@ mod tests {
         UnixListener::bind(tempfile::tempdir().unwrap().path().join("s")).unwrap()
     }
 
-    /// Opens the same store as another keeper.
-    fn other(store: &FdStore) -> FdStore {
+    /// Opens `store` through copies of its descriptors, as another keeper opens it.
+    fn open_as_another_keeper(store: &FdStore) -> FdStore {
         let copies = store.descriptors().map(|fd| fd.try_clone_to_owned().unwrap());
         FdStore::received(copies.into()).unwrap()
     }
@@ -140,7 +140,7 @@ mod tests {
     #[test]
     fn last_set_is_found_by_another_keeper() {
         let mut store = FdStore::create().unwrap();
-        let mut another = other(&store);
+        let mut another = open_as_another_keeper(&store);
         assert!(another.take().is_none(), "An empty store has no set.");
         for lanes in [1, 64, 2, 3] {
             store.put(&listener(), &stored(lanes)).unwrap();
@@ -173,7 +173,7 @@ mod tests {
         store.put(&listener(), &stored(2)).unwrap();
         let third = stored(3);
         send(&store.write, &third.state, &[listener().as_fd()]).unwrap();
-        let mut another = other(&store);
+        let mut another = open_as_another_keeper(&store);
         assert_eq!(another.take().unwrap().1.state.lanes, 2);
         assert!(another.take().is_none(), "The partial set must be removed.");
     }

@@ -207,11 +207,11 @@ impl Manager {
             Request::LogLevel { level } => {
                 (self.set_log_level)(level.as_deref()).map_err(SetupError::Invalid)
             }
-            // The server sends `ToManager::HandOver` instead.
-            Request::TakeOver { .. } => {
-                let text = format!("this data process hands over with version {HANDOVER_VERSION}");
-                Err(SetupError::Invalid(text))
-            }
+            // The server sends `ToManager::HandOver` for a request with `HANDOVER_VERSION`.
+            Request::TakeOver { version } => Err(SetupError::Invalid(format!(
+                "cannot hand over the data plane: the new keeper requests version {version}, this \
+                 data process supports version {HANDOVER_VERSION}"
+            ))),
             Request::Report { peers } => {
                 let report = self.report(now, peers);
                 return Response::Report { report: Box::new(report) };

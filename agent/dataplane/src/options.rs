@@ -11,7 +11,8 @@ pub struct Options {
     pub socket: PathBuf,
     /// True to take over from the keeper whose data process listens on the socket.
     pub take_over: bool,
-    /// Instance whose agent requests the data plane; `None` to acquire it at the start.
+    /// Instance of the keeper. The keeper of an instance has the data plane only while the
+    /// instance's agent requests it. With `None`, the keeper acquires the data plane at its start.
     pub instance: Option<Instance>,
 }
 

@@ -14,7 +14,7 @@ use skein_ipc::{
     UnreachablePeer,
 };
 
-use super::capabilities::ECN_RUNG;
+use super::capabilities::ECN_CAPABILITY;
 use super::setup::Running;
 use super::stats::{DropStats, drop_report};
 use super::totals::TrafficTotals;
@@ -52,16 +52,16 @@ pub(super) fn fill<'a>(
             if tcp { &stats.tun_tcp_refused } else { &stats.tun_udp_refused }.load(Relaxed)
         })
     };
-    for (rung, refused) in [("tun_tso", refused(true)), ("tun_uso", refused(false))] {
-        let rung = report.capabilities.iter_mut().find(|c| c.name == rung && refused);
-        if let Some(rung) = rung.filter(|rung| rung.state == CapabilityState::On) {
-            rung.state = CapabilityState::Degraded;
-            rung.reason =
+    for (name, refused) in [("tun_tso", refused(true)), ("tun_uso", refused(false))] {
+        let offload = report.capabilities.iter_mut().find(|c| c.name == name && refused);
+        if let Some(offload) = offload.filter(|offload| offload.state == CapabilityState::On) {
+            offload.state = CapabilityState::Degraded;
+            offload.reason =
                 Some("the kernel refused a superpacket: packets are written singly".to_owned());
         }
     }
     if lanes.iter().any(|lane| lane.stats.ecn_refused.load(Relaxed)) {
-        let on = |c: &&mut Capability| c.name == ECN_RUNG && c.state == CapabilityState::On;
+        let on = |c: &&mut Capability| c.name == ECN_CAPABILITY && c.state == CapabilityState::On;
         if let Some(ecn) = report.capabilities.iter_mut().find(on) {
             ecn.state = CapabilityState::Degraded;
             ecn.reason =

@@ -17,7 +17,7 @@ use skein_sys::send::{GsoState, TooLong};
 use skein_sys::tun::{self, Fallback, TunOffload, TunQueue};
 use skein_sys::udp::{self, LongestPayload, UdpOptions};
 
-use super::capabilities::{ECN_RUNG, capabilities, with_ecn};
+use super::capabilities::{ECN_CAPABILITY, capabilities, with_ecn};
 use super::channel::KeeperChannel;
 use super::error::SetupError;
 use super::handover::{self, Family, FamilySockets, HandOver};
@@ -110,7 +110,7 @@ impl Running {
         for address in addresses {
             let socket_address = SocketAddr::new(address, node.underlay.port);
             let (pairs, more) = udp::bind_lanes(socket_address, lanes, &options)?;
-            if let Some((_, why)) = more.iter().find(|(rung, _)| *rung == "reuseport_steering")
+            if let Some((_, why)) = more.iter().find(|(name, _)| *name == "reuseport_steering")
                 && lanes > 1
             {
                 return Err(SetupError::Invalid(format!(
@@ -265,8 +265,8 @@ impl Running {
     /// Returns whether the kernel reports the ECN field of received datagrams, so that peers may
     /// set the field.
     pub(super) fn has_ecn(&self) -> bool {
-        let mut rungs = self.capabilities.iter();
-        rungs.any(|rung| rung.name == ECN_RUNG && rung.state == CapabilityState::On)
+        let mut capabilities = self.capabilities.iter();
+        capabilities.any(|c| c.name == ECN_CAPABILITY && c.state == CapabilityState::On)
     }
 
     /// Attaches every lane to the TUN device after it was created again.

@@ -64,11 +64,11 @@ fn input() -> Input {
 /// Returns an input with all families and all label values.
 pub(super) fn everything() -> Input {
     let mut report = report();
-    let rungs = ["tun_uso", "tun_tso", "tun_checksum", "udp_gso", "udp_gro", "udp_ecn"];
-    let rungs = rungs.into_iter().chain(["reuseport_steering"]);
+    let names = ["tun_uso", "tun_tso", "tun_checksum", "udp_gso", "udp_gro", "udp_ecn"];
+    let names = names.into_iter().chain(["reuseport_steering"]);
     let on =
         |name: &str| Capability { name: name.to_owned(), state: CapabilityState::On, reason: None };
-    report.capabilities = rungs.map(on).collect();
+    report.capabilities = names.map(on).collect();
     let on = ConfinementState::On;
     report.confinement = [confinement("landlock", on), confinement("seccomp", on)].into();
     let count =
