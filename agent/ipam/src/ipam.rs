@@ -151,9 +151,10 @@ impl Ipam {
         })
     }
 
-    /// Runs `work` on the state in memory and commits its changes in one transaction. After a
-    /// failure, memory equals the disk, or, if the disk cannot be read either, the state before;
-    /// then nothing is written until the disk can be read.
+    /// Runs `work` on the state in memory and commits its changes in one transaction. If the commit
+    /// fails, the changes in memory are undone, and the state is read from the disk again. If the
+    /// disk cannot be read either, the state before `work` remains in memory, and nothing is
+    /// written until the disk can be read.
     ///
     /// # Errors
     /// `Store` with the error of the store.

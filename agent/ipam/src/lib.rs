@@ -1,10 +1,10 @@
 //! Address management (IPAM) of a node: leases of pod addresses, committed to disk before they are
 //! returned.
 //!
-//! The functions block, and use no clock, no randomness and no interface of the kernel except the
-//! file system. The caller passes the time as `now`. If the caller finds a lease in the kernel's
-//! state, it stores the lease with [`Ipam::adopt`]. [`IpamHandle`] runs an [`Ipam`] on a thread of
-//! its own, which commits concurrent operations in one transaction.
+//! All functions are blocking. They use no clock, no randomness and no interface of the kernel
+//! except the file system. The caller passes the time as `now`. If the caller finds a lease in the
+//! kernel's state, it stores the lease with [`Ipam::adopt`]. [`IpamHandle`] runs an [`Ipam`] on a
+//! thread of its own, which commits concurrent operations in one transaction.
 //!
 //! ```
 //! use std::time::SystemTime;

@@ -149,8 +149,8 @@ impl State {
         change_set: &mut ChangeSet,
     ) -> Result<Lease, IpamError> {
         if let Some(lease) = self.leases.get(&request.id) {
-            // An adopted lease has no namespace; the caller checks whether the attachment is in
-            // this one.
+            // An adopted lease has no namespace, so it is returned for every namespace. The caller
+            // checks whether the attachment exists in the namespace of the request.
             let same = lease.netns.as_ref().is_none_or(|netns| netns.is_same(&request.netns));
             let lease = lease.clone();
             return if same { Ok(lease) } else { Err(IpamError::OtherNamespace(Box::new(lease))) };

@@ -33,7 +33,8 @@ pub(in super::super) fn opener(path: &Path) -> Opener {
     Box::new(move || existing(&path))
 }
 
-/// Moves a damaged file aside and replaces an earlier one. Returns its new path.
+/// Moves the damaged file at `path` aside: renames it with the suffix `.damaged`. The rename
+/// overwrites a damaged file that was moved aside earlier. Returns the new path.
 ///
 /// # Errors
 /// The error of rename(2) or fsync(2).

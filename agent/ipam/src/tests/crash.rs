@@ -30,12 +30,13 @@ fn script() -> Vec<(Ask, u64)> {
     script
 }
 
-/// Leases that may exist after a failure: those before the failed operation, or those after it.
+/// Answers of the operations so far. They determine which leases must exist after a failure, and
+/// which may exist.
 #[derive(Debug, Default)]
 struct Answered {
-    /// Known leases; `None` for an attachment without one.
+    /// Lease of each attachment by its last successful operation; `None` after a release.
     known: BTreeMap<AttachmentId, Option<Lease>>,
-    /// Attachments whose operation failed, so that its outcome is unknown.
+    /// Attachments whose last operation failed. It may have changed the disk or not.
     unknown: BTreeSet<AttachmentId>,
 }
 
@@ -114,7 +115,8 @@ fn play(ipam: &mut Ipam, answered: &mut Answered, fault: Fault) {
             ips.len(),
             "An address has two leases."
         );
-        // A failed operation whose outcome cannot be read has no effect that the model must know.
+        // After these faults the store cannot be read again, so that a failed operation must leave
+        // the leases and the usage in memory as before.
         if matches!(fault, Fault::From(_) | Fault::Power(_)) && answered.unknown != unknown {
             assert!(ipam.list().eq(before.iter()), "{fault:?}");
             assert_eq!(ipam.usage(now), usage);
@@ -215,7 +217,7 @@ fn probe_detects_a_store_that_cannot_be_written() {
     let before = disk.operations();
     ipam.probe().unwrap();
     let operations = disk.operations() - before;
-    assert!(operations > 0, "The script must write to the disk.");
+    assert!(operations > 0, "A probe must write to the disk.");
     for k in 0..operations {
         disk.fail(Fault::From(k));
         let error = ipam.probe().unwrap_err().to_string();

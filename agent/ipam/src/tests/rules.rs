@@ -10,7 +10,8 @@ fn ipam(pools: &[&str], reserved: &[&str]) -> Ipam {
     ipam
 }
 
-fn give(ipam: &mut Ipam, name: &str, seconds: u64) -> String {
+/// Allocates addresses for the attachment `name` and returns them as text.
+fn allocate(ipam: &mut Ipam, name: &str, seconds: u64) -> String {
     shown(&ipam.allocate(request(name), at(seconds)).unwrap())
 }
 
@@ -48,8 +49,8 @@ fn reserved_and_network_addresses_are_never_allocated() {
 #[test]
 fn each_family_gets_an_address() {
     let mut ipam = ipam(&["10.1.0.0/24", "fd00:1::/64"], &["10.1.0.1", "fd00:1::1"]);
-    assert_eq!(give(&mut ipam, "a", 0), "10.1.0.2 fd00:1::2");
-    assert_eq!(give(&mut ipam, "b", 0), "10.1.0.3 fd00:1::3");
+    assert_eq!(allocate(&mut ipam, "a", 0), "10.1.0.2 fd00:1::2");
+    assert_eq!(allocate(&mut ipam, "b", 0), "10.1.0.3 fd00:1::3");
     let usage = ipam.usage(at(0));
     assert_eq!(usage.pools[0].total, 253);
     assert_eq!(usage.pools[1].total, (1 << 64) - 2);
@@ -88,7 +89,7 @@ fn allocation_in_another_namespace_needs_a_release() {
         assert!(matches!(&error, IpamError::OtherNamespace(old) if **old == lease), "{error}");
     }
     assert_eq!(ipam.get(&id("a")), Some(&lease));
-    // An adopted lease has no network namespace; it may be this one.
+    // An adopted lease has no network namespace, so that a request from any namespace gets it.
     ipam.adopt(
         Lease { netns: None, ..Lease { id: id("b"), v4: "10.1.0.9".parse().ok(), ..lease } },
         at(1),
@@ -109,7 +110,7 @@ fn requested_addresses_are_checked() {
         "10.1.0.8 fd00::9"
     );
     assert_eq!(
-        give(&mut ipam, "c", 0),
+        allocate(&mut ipam, "c", 0),
         "10.1.0.2 fd00::2",
         "A requested address must not move the cursor."
     );
@@ -138,8 +139,8 @@ fn requested_addresses_are_checked() {
 #[test]
 fn exhaustion_names_the_pool() {
     let mut ipam = ipam(&["10.1.0.0/30", "fd00::/64"], &[]);
-    assert_eq!(give(&mut ipam, "a", 0), "10.1.0.1 fd00::1");
-    assert_eq!(give(&mut ipam, "b", 0), "10.1.0.2 fd00::2");
+    assert_eq!(allocate(&mut ipam, "a", 0), "10.1.0.1 fd00::1");
+    assert_eq!(allocate(&mut ipam, "b", 0), "10.1.0.2 fd00::2");
     let error = ipam.allocate(request("c"), at(0)).unwrap_err();
     assert_eq!(error.to_string(), "no free address in 10.1.0.0/30 (2 in use)");
     assert_eq!(error.code() as u32, 11);
@@ -159,16 +160,16 @@ fn exhaustion_names_the_pool() {
 fn released_addresses_are_quarantined() {
     let mut ipam = ipam(&["10.1.0.0/29"], &[]);
     for name in ["a", "b", "c"] {
-        give(&mut ipam, name, 0);
+        allocate(&mut ipam, name, 0);
     }
     ipam.release(&id("b"), at(1)).unwrap();
     assert_eq!(ipam.usage(at(1)).pools[0].quarantined, 1);
-    assert_eq!(give(&mut ipam, "d", 1), "10.1.0.4", "The search must start after the cursor.");
-    assert_eq!(give(&mut ipam, "e", 1), "10.1.0.5");
+    assert_eq!(allocate(&mut ipam, "d", 1), "10.1.0.4", "The search must start after the cursor.");
+    assert_eq!(allocate(&mut ipam, "e", 1), "10.1.0.5");
     ipam.release(&id("a"), at(2)).unwrap();
-    assert_eq!(give(&mut ipam, "f", 2), "10.1.0.6");
+    assert_eq!(allocate(&mut ipam, "f", 2), "10.1.0.6");
     assert_eq!(
-        give(&mut ipam, "g", 3),
+        allocate(&mut ipam, "g", 3),
         "10.1.0.2",
         "If none is free, the oldest quarantined address is allocated."
     );
@@ -176,23 +177,23 @@ fn released_addresses_are_quarantined() {
     assert_eq!(ipam.usage(at(31)).pools[0].quarantined, 2);
     assert_eq!(ipam.usage(at(32)).pools[0].quarantined, 1);
     assert_eq!(
-        give(&mut ipam, "h", 32),
+        allocate(&mut ipam, "h", 32),
         "10.1.0.1",
         "Only the address whose quarantine has ended is free."
     );
-    assert_eq!(give(&mut ipam, "i", 32), "10.1.0.4");
+    assert_eq!(allocate(&mut ipam, "i", 32), "10.1.0.4");
 }
 
 #[test]
 fn clock_set_back_does_not_extend_quarantine() {
     let mut ipam = ipam(&["10.1.0.0/30"], &[]);
-    give(&mut ipam, "a", 100_000);
+    allocate(&mut ipam, "a", 100_000);
     ipam.release(&id("a"), at(100_000)).unwrap();
-    assert_eq!(give(&mut ipam, "b", 10), "10.1.0.2");
+    assert_eq!(allocate(&mut ipam, "b", 10), "10.1.0.2");
     ipam.release(&id("b"), at(20)).unwrap();
     assert_eq!(ipam.usage(at(39)).pools[0].quarantined, 2);
     assert_eq!(
-        give(&mut ipam, "c", 40),
+        allocate(&mut ipam, "c", 40),
         "10.1.0.1",
         "The quarantine of both releases must have ended."
     );
@@ -205,7 +206,7 @@ fn quarantine_and_cursor_outlive_the_process() {
     let pools = cidrs(&["10.1.0.0/29", "fd00::/64"]);
     ipam.set_pools(&pools, &[]);
     for name in ["a", "b", "c"] {
-        give(&mut ipam, name, 0);
+        allocate(&mut ipam, name, 0);
     }
     ipam.release(&id("c"), at(0)).unwrap();
     let leases: Vec<_> = ipam.list().cloned().collect();
@@ -213,42 +214,42 @@ fn quarantine_and_cursor_outlive_the_process() {
     let mut ipam = disk.open().unwrap();
     assert!(ipam.list().eq(leases.iter()), "Leases must be known before pools are set.");
     ipam.set_pools(&pools, &[]);
-    assert_eq!(give(&mut ipam, "d", 29), "10.1.0.4 fd00::4");
-    assert_eq!(give(&mut ipam, "e", 29), "10.1.0.5 fd00::5");
-    assert_eq!(give(&mut ipam, "f", 29), "10.1.0.6 fd00::6");
+    assert_eq!(allocate(&mut ipam, "d", 29), "10.1.0.4 fd00::4");
+    assert_eq!(allocate(&mut ipam, "e", 29), "10.1.0.5 fd00::5");
+    assert_eq!(allocate(&mut ipam, "f", 29), "10.1.0.6 fd00::6");
     drop(ipam);
     let mut ipam = disk.open().unwrap();
     ipam.set_pools(&pools, &[]);
-    assert_eq!(give(&mut ipam, "g", 30), "10.1.0.3 fd00::7");
+    assert_eq!(allocate(&mut ipam, "g", 30), "10.1.0.3 fd00::7");
 }
 
 #[test]
 fn leases_survive_a_change_of_pools() {
     let mut ipam = ipam(&["10.1.0.0/29"], &[]);
-    let (a, b) = (give(&mut ipam, "a", 0), give(&mut ipam, "b", 0));
+    let (a, b) = (allocate(&mut ipam, "a", 0), allocate(&mut ipam, "b", 0));
     assert_eq!((a.as_str(), b.as_str()), ("10.1.0.1", "10.1.0.2"));
     ipam.set_pools(&cidrs(&["10.2.0.0/29", "fd00::/64"]), &[]);
-    assert_eq!(give(&mut ipam, "a", 0), a, "as it was");
-    assert_eq!(give(&mut ipam, "c", 0), "10.2.0.1 fd00::1");
+    assert_eq!(allocate(&mut ipam, "a", 0), a, "A repeated allocation must return the same lease.");
+    assert_eq!(allocate(&mut ipam, "c", 0), "10.2.0.1 fd00::1");
     let usage = ipam.usage(at(0));
     assert_eq!((usage.leases, usage.pools[0].in_use), (3, 1));
     ipam.release(&id("a"), at(0)).unwrap();
     ipam.set_pools(&cidrs(&["10.1.0.0/29"]), &[ip("10.1.0.3"), ip("10.1.0.2")]);
     assert_eq!(
-        give(&mut ipam, "d", 0),
+        allocate(&mut ipam, "d", 0),
         "10.1.0.4",
         "Of addresses 1 to 3, one is quarantined, one leased, one reserved."
     );
     ipam.release(&id("b"), at(0)).unwrap();
-    assert_eq!(give(&mut ipam, "e", 60), "10.1.0.5");
-    assert_eq!(give(&mut ipam, "f", 60), "10.1.0.6");
-    assert_eq!(give(&mut ipam, "g", 60), "10.1.0.1");
+    assert_eq!(allocate(&mut ipam, "e", 60), "10.1.0.5");
+    assert_eq!(allocate(&mut ipam, "f", 60), "10.1.0.6");
+    assert_eq!(allocate(&mut ipam, "g", 60), "10.1.0.1");
     assert!(ipam.allocate(request("h"), at(60)).is_err(), "All other addresses are reserved.");
     // Pools that no valid configuration contains must do no harm either.
     let both = cidrs(&["10.1.0.0/29", "10.1.0.0/28"]);
     ipam.set_pools(&both, &[ip("10.1.0.3"), ip("10.1.0.2")]);
     assert_eq!(
-        give(&mut ipam, "i", 60),
+        allocate(&mut ipam, "i", 60),
         "10.1.0.7",
         "The broadcast address of one pool is usable in the other."
     );
@@ -269,12 +270,20 @@ fn leases_are_adopted_from_the_kernel() {
         time: at(5),
     };
     let a = ipam.adopt(learnt("a", "10.1.0.2", Some("fd00::7")), at(5)).unwrap();
-    assert_eq!(give(&mut ipam, "b", 5), "10.1.0.3", "The adopted address must not be allocated.");
+    assert_eq!(
+        allocate(&mut ipam, "b", 5),
+        "10.1.0.3",
+        "The adopted address must not be allocated."
+    );
     let error = ipam.adopt(learnt("c", "10.1.0.3", None), at(5)).unwrap_err();
     assert_eq!(error.to_string(), "10.1.0.3 belongs to eth0 of container b");
     let error = ipam.adopt(learnt("c", "", None), at(5)).unwrap_err();
     assert!(matches!(error, IpamError::NoAddress(_)));
-    assert_eq!(ipam.adopt(a.clone(), at(9)).unwrap(), a, "as it is");
+    assert_eq!(
+        ipam.adopt(a.clone(), at(9)).unwrap(),
+        a,
+        "A repeated adoption must change nothing."
+    );
     // First the network namespace becomes known, then an address changes.
     let known = Lease { netns: Some(netns(7)), network: "pods".into(), ..a.clone() };
     assert_eq!(ipam.adopt(known.clone(), at(9)).unwrap(), known);
@@ -289,7 +298,7 @@ fn leases_are_adopted_from_the_kernel() {
     assert_eq!(
         (usage.pools[0].in_use, usage.pools[0].quarantined),
         (1, 1),
-        "the node's is not counted"
+        "The reserved address 10.1.0.1 must not count as in use."
     );
     let all: Vec<_> = ipam.list().cloned().collect();
     drop(ipam);
