@@ -19,7 +19,8 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 /// Answer of the agent while it is ready.
 pub const READY: &str = "ready\n";
 
-/// Connects to the listener of a socket, which must be trusted.
+/// Function that connects to a unix socket. It must check that the user of the listener is trusted,
+/// and fail otherwise; [`Instance::probe`] does not check the user.
 pub type Connect = fn(&Path) -> io::Result<UnixStream>;
 
 /// The directory of an instance.
@@ -43,8 +44,9 @@ impl Instance {
         self.0.join("agent.sock")
     }
 
-    /// Returns the path of the keeper's socket. The keeper requests the data plane while an agent
-    /// is connected that has written a byte.
+    /// Returns the path of the socket on which the keeper listens for its agent. The agent connects
+    /// and writes one byte to request the data plane. The request lasts until the agent
+    /// disconnects.
     pub fn dataplane_socket(&self) -> PathBuf {
         self.0.join("dataplane.sock")
     }
@@ -54,8 +56,9 @@ impl Instance {
         self.0.join("dataplane.active")
     }
 
-    /// Sets the sticky bit on the parent of the instance's directory if all users can change the
-    /// parent, as that of an emptyDir of Kubernetes. No other user can then replace the directory.
+    /// Sets the sticky bit on the parent of the instance's directory if every user can write to the
+    /// parent, for example if the parent is an emptyDir volume of Kubernetes. Then no other user
+    /// can replace the instance's directory.
     ///
     /// # Errors
     /// An I/O error if the mode of the parent cannot be changed.
