@@ -54,9 +54,10 @@ pub struct Present {
 }
 
 impl InterfaceSpec {
-    /// Creates the device if it does not exist, with its alias and without other settings. A device
-    /// of this node under another name gets its name back, or is removed if a second device of this
-    /// node has the name. `links` are all links of the node.
+    /// Creates the device if it does not exist, with its alias and without other settings. If a
+    /// device of this node has been renamed, it gets the interface's name back. If another device
+    /// of this node already has that name, the renamed device is removed. `links` are all links of
+    /// the node.
     ///
     /// # Errors
     /// [`InterfaceError`] if the name belongs to another owner, if the device cannot be created, or
@@ -91,8 +92,8 @@ impl InterfaceSpec {
         Ok(Present { index, created: true })
     }
 
-    /// Returns the TUN devices of this node whose name is neither the interface's nor the staged
-    /// one's.
+    /// Returns the TUN devices of this node that have neither the name of the interface nor the
+    /// name of the staged interface.
     fn renamed<'a>(
         &self,
         links: &'a [Link],

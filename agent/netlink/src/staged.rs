@@ -69,7 +69,7 @@ impl StagedInterface {
     /// [`InterfaceError::Netlink`] if the kernel refuses a request.
     pub async fn remove(&self, netlink: &Netlink) -> Result<bool, InterfaceError> {
         let Some(link) = netlink.link(&self.name).await? else { return Ok(false) };
-        if !self.is_left(&link) {
+        if !self.is_left_behind(&link) {
             return Err(InterfaceError::Foreign { name: self.name.clone(), found: Box::new(link) });
         }
         tracing::info!(
@@ -80,9 +80,9 @@ impl StagedInterface {
         Ok(true)
     }
 
-    /// Returns whether a device under the staged name is Skein's: a TUN device that is down, with
-    /// no alias or this one.
-    fn is_left(&self, link: &Link) -> bool {
+    /// Returns whether `link`, which has the staged name, was left behind by a killed process of
+    /// this node: a TUN device that is down, and whose alias is empty or that of this interface.
+    fn is_left_behind(&self, link: &Link) -> bool {
         let marked = link.alias.is_empty() || link.alias == self.alias;
         link.kind.as_deref() == Some("tun") && marked && !link.up
     }

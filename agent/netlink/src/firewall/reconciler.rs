@@ -15,10 +15,10 @@ use super::forward;
 use super::rules::Rules;
 use super::table::{Table, list};
 
-/// Interval between comparisons without a notification.
+/// Interval of the comparisons that no notification causes.
 const RESYNC_INTERVAL: Duration = Duration::from_secs(10);
-/// Comparisons that notifications cause within [`PACE_WINDOW`], so that a program that keeps
-/// changing the table does not keep a CPU busy.
+/// Maximum number of comparisons within [`PACE_WINDOW`] that notifications cause, so that a program
+/// that keeps changing the table does not keep a CPU busy.
 const MAX_COMPARISONS: usize = 20;
 /// Period over which [`MAX_COMPARISONS`] is counted.
 const PACE_WINDOW: Duration = Duration::from_secs(1);
@@ -71,7 +71,7 @@ impl Firewall {
     /// installation.
     pub async fn start(rules: Rules) -> Self {
         let table = Table::new(rules.clone());
-        let forward_unknown = !accepts(&rules);
+        let forward_unknown = !needs_accept_rules(&rules);
         let (rules_sender, rules) = watch::channel((1, rules));
         let (state_sender, state) = watch::channel(State::default());
         let mut reconciler = Reconciler {
@@ -248,7 +248,7 @@ impl Reconciler {
             }
         }
         let pods = rules.pods.is_some();
-        let forward = forward::ensure(&rules.interface, pods, accepts(rules)).await;
+        let forward = forward::ensure(&rules.interface, pods, needs_accept_rules(rules)).await;
         for chain in forward.opened {
             tracing::warn!(chain, "added accept rules for pods to a chain whose policy is drop");
         }
@@ -265,6 +265,7 @@ impl Reconciler {
     }
 }
 
-fn accepts(rules: &Rules) -> bool {
+/// Returns whether this node adds accept rules for pods to the forward chains of other programs.
+fn needs_accept_rules(rules: &Rules) -> bool {
     rules.pods.as_ref().is_some_and(|pods| pods.forward_accept)
 }

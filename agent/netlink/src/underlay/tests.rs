@@ -44,18 +44,22 @@ fn underlay_mtu_without_routes_is_unknown() {
     in_namespace(|| async {
         let netlink = Netlink::connect().unwrap();
         let mut any = underlay(&["0.0.0.0", "::"], &[]);
-        assert_eq!(mtu(&netlink, &any).await, None, "there is no device at all");
+        assert_eq!(mtu(&netlink, &any).await, None, "Without a device there is no underlay.");
         device("skp0123456789", 1280, &["169.254.9.9/32"]);
         device("sk-test", 1440, &["10.1.0.1/32", "fd00:1::1/128"]);
         device("other", 1400, &["198.51.100.1/24"]);
-        assert_eq!(mtu(&netlink, &any).await, None, "no device leads to a peer or outside");
+        assert_eq!(mtu(&netlink, &any).await, None, "No route leads to a peer or out of the node.");
         ip("route add default dev sk-test");
         ip("route add default dev skp0123456789 metric 5");
-        assert_eq!(mtu(&netlink, &any).await, None, "the overlay and pods never count");
+        assert_eq!(mtu(&netlink, &any).await, None, "The overlay and pods must not count.");
         any.peers.insert("10.1.0.1:1".parse().unwrap());
-        assert_eq!(mtu(&netlink, &any).await, None, "an address of this machine is no peer");
+        assert_eq!(mtu(&netlink, &any).await, None, "An address of this node must not count.");
         any.own.insert("198.51.100.1:51900".parse().unwrap());
-        assert_eq!(mtu(&netlink, &any).await, some(1400, "other"), "the own endpoint's device");
+        assert_eq!(
+            mtu(&netlink, &any).await,
+            some(1400, "other"),
+            "The device of an own endpoint must count."
+        );
     });
 }
 
@@ -70,13 +74,17 @@ fn underlay_mtu_without_peers_is_that_of_default_routes() {
         ip("route add default via 192.0.2.254");
         assert_eq!(mtu(&netlink, &any).await, some(9000, "ua"));
         ip("route replace default via 192.0.2.254 mtu 8000");
-        assert_eq!(mtu(&netlink, &any).await, some(8000, "ua"), "the route's own MTU");
+        assert_eq!(mtu(&netlink, &any).await, some(8000, "ua"), "The MTU of the route must count.");
         ip("route replace default nexthop via 192.0.2.254 nexthop via 198.51.100.254");
-        assert_eq!(mtu(&netlink, &any).await, some(1400, "ub"), "each next hop counts");
+        assert_eq!(mtu(&netlink, &any).await, some(1400, "ub"), "Each next hop must count.");
         ip("-6 route add default nexthop via 2001:db8:a::9 nexthop via 2001:db8:c::9");
-        assert_eq!(mtu(&netlink, &any).await, some(1300, "uc"), "IPv6 counts");
+        assert_eq!(mtu(&netlink, &any).await, some(1300, "uc"), "IPv6 routes must count.");
         let v4 = underlay(&["0.0.0.0"], &[]);
-        assert_eq!(mtu(&netlink, &v4).await, some(1400, "ub"), "IPv6 does not without sockets");
+        assert_eq!(
+            mtu(&netlink, &v4).await,
+            some(1400, "ub"),
+            "Without an IPv6 socket, IPv6 routes must not count."
+        );
         for (address, mtu_there, name) in [("192.0.2.1", 9000, "ua"), ("2001:db8:c::1", 1300, "uc")]
         {
             let fixed = underlay(&[address], &[]);
@@ -97,19 +105,39 @@ fn underlay_mtu_with_peers_is_that_of_their_routes() {
         let addresses = ["0.0.0.0", "::"];
         let at = async |peers: &[&str]| mtu(&netlink, &underlay(&addresses, peers)).await;
         assert_eq!(at(&[]).await, some(1400, "mgmt"));
-        assert_eq!(at(&["192.0.2.2"]).await, some(9000, "fast"), "not the management network's");
+        assert_eq!(
+            at(&["192.0.2.2"]).await,
+            some(9000, "fast"),
+            "The default route must not count."
+        );
         assert_eq!(at(&["2001:db8:a::2"]).await, some(9000, "fast"));
-        assert_eq!(at(&["192.0.2.2", "203.0.113.2"]).await, some(1600, "slow"), "the smallest");
-        assert_eq!(at(&["192.0.2.2", "10.9.9.9"]).await, some(1400, "mgmt"), "one is behind it");
+        assert_eq!(
+            at(&["192.0.2.2", "203.0.113.2"]).await,
+            some(1600, "slow"),
+            "The smallest MTU must count."
+        );
+        assert_eq!(
+            at(&["192.0.2.2", "10.9.9.9"]).await,
+            some(1400, "mgmt"),
+            "A peer behind the default route must count."
+        );
         ip("route add 10.9.9.0/24 nexthop via 192.0.2.254 nexthop via 203.0.113.254");
-        assert_eq!(at(&["10.9.9.9"]).await, some(1600, "slow"), "each next hop counts");
+        assert_eq!(at(&["10.9.9.9"]).await, some(1600, "slow"), "Each next hop must count.");
         ip("route replace 10.9.9.0/24 via 192.0.2.254 mtu 4000");
-        assert_eq!(at(&["10.9.9.9"]).await, some(4000, "fast"), "the route's own MTU");
+        assert_eq!(at(&["10.9.9.9"]).await, some(4000, "fast"), "The MTU of the route must count.");
         ip("route replace unreachable 10.9.9.0/24");
         assert_eq!(at(&["10.9.9.9", "192.0.2.2"]).await, some(9000, "fast"));
-        assert_eq!(at(&["10.9.9.9"]).await, some(1400, "mgmt"), "as without peers");
+        assert_eq!(
+            at(&["10.9.9.9"]).await,
+            some(1400, "mgmt"),
+            "Without a reachable peer, the default routes must count."
+        );
         let v4 = underlay(&["0.0.0.0"], &["192.0.2.2", "2001:db8:b::2"]);
-        assert_eq!(mtu(&netlink, &v4).await, some(9000, "fast"), "IPv6 is not sent");
+        assert_eq!(
+            mtu(&netlink, &v4).await,
+            some(9000, "fast"),
+            "Without an IPv6 socket, IPv6 peers must not count."
+        );
     });
 }
 
@@ -125,12 +153,28 @@ fn underlay_mtu_follows_policy_rules() {
         let bound = underlay(&["198.51.100.1"], &["203.0.113.5"]);
         assert_eq!(mtu(&netlink, &any).await, some(1500, "ua"));
         ip("rule add from 198.51.100.1 lookup 100");
-        assert_eq!(mtu(&netlink, &any).await, some(1500, "ua"), "the rule is of another source");
-        assert_eq!(mtu(&netlink, &bound).await, some(9000, "ub"), "the rule of its source");
+        assert_eq!(
+            mtu(&netlink, &any).await,
+            some(1500, "ua"),
+            "A rule for another source must not apply."
+        );
+        assert_eq!(
+            mtu(&netlink, &bound).await,
+            some(9000, "ub"),
+            "The rule for this source must apply."
+        );
         ip("rule add to 203.0.113.0/24 lookup 100");
-        assert_eq!(mtu(&netlink, &any).await, some(9000, "ub"), "the rule of the destination");
+        assert_eq!(
+            mtu(&netlink, &any).await,
+            some(9000, "ub"),
+            "The rule for the destination must apply."
+        );
         ip("address del 198.51.100.1/24 dev ub");
-        assert_eq!(mtu(&netlink, &bound).await, None, "its address is gone");
+        assert_eq!(
+            mtu(&netlink, &bound).await,
+            None,
+            "Without its source address there is no route."
+        );
     });
 }
 
@@ -167,7 +211,11 @@ fn underlay_mtu_over_ipv6_follows_router_advertisements() {
         let v6 = underlay(&addresses, &["2001:db8:a::2"]);
         assert_eq!(mtu(&netlink, &v6).await, some(1480, "ua"));
         let v4 = underlay(&addresses, &["192.0.2.2"]);
-        assert_eq!(mtu(&netlink, &v4).await, some(9000, "ua"), "it is IPv6's alone");
+        assert_eq!(
+            mtu(&netlink, &v4).await,
+            some(9000, "ua"),
+            "The IPv6 MTU must not apply to IPv4."
+        );
     });
 }
 
@@ -200,7 +248,10 @@ fn default_interfaces_include_every_next_hop() {
         std::fs::write("/proc/sys/net/ipv4/nexthop_compat_mode", "0").unwrap();
         ip("route replace default nhid 1");
         let interfaces = netlink.default_interfaces().await.unwrap();
-        assert!(interfaces.iter().any(|index| *index != both[1]), "it is not missed");
+        assert!(
+            interfaces.iter().any(|index| *index != both[1]),
+            "The device of the next hop object must be included."
+        );
     });
 }
 

@@ -48,7 +48,9 @@ fn crash_of_nft_names_the_signal_and_the_remedy() {
 #[test]
 fn large_table_is_installed_although_messages_are_lost() {
     in_namespace(|| async {
-        // Without pauses of the reader, the kernel would wait for it.
+        // The task blocks the runtime, and with it the reader of the notifications, for 20 ms at a
+        // time. A reader without pauses would lose no notification, because the kernel yields the
+        // CPU to the reader while the receive buffer is more than half full.
         let pauses = tokio::spawn(async {
             loop {
                 std::thread::sleep(Duration::from_millis(20));
