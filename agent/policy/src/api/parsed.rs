@@ -1,4 +1,5 @@
-//! Fields that are kept if they cannot be read.
+//! Fields that store the error in place of the value if they cannot be read, so that the rest of
+//! the object is still read.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};

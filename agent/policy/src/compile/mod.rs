@@ -114,6 +114,7 @@ impl<'a> Tiers<'a> {
         };
         let network: Vec<_> = of(|tier| tier == Tier::NetworkPolicy);
         let mut baseline = of(|tier| matches!(tier, Tier::Baseline(_)));
+        // Only tests activate mutations, which are deliberate faults.
         if !network.is_empty() && !mutated(Mutation::BaselineForIsolated) {
             baseline.clear();
         }

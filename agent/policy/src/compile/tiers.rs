@@ -18,8 +18,9 @@ pub(super) const MAX_PORT_LISTS: usize = 8;
 /// Maximum number of ports of a range that become entries of a port map.
 const MAX_EXPANDED_PORTS: u16 = 8;
 
-/// Compiles the chains. Returns the verdict for forwarded packets and, for outgoing traffic that a
-/// ClusterNetworkPolicy may judge by address, the verdict for packets to this node.
+/// Compiles the chains. Returns two verdicts: the first one for forwarded packets, the second one
+/// for packets to this node itself. The second verdict exists only for outgoing traffic, and only
+/// if a rule of a ClusterNetworkPolicy can match an address of a node ([`concerns_nodes`]).
 pub(super) fn compile(builder: &mut Builder<'_>) -> (Verdict, Option<Verdict>) {
     let policies = builder.key.policies.clone();
     let tiers = Tiers::of(&policies);
@@ -58,6 +59,7 @@ fn admin(builder: &mut Builder<'_>, policies: &[&Policy], next: &Verdict) -> Ver
     if policies.is_empty() {
         return next.clone();
     }
+    // Only tests activate mutations, which are deliberate faults.
     let pass = match mutated(Mutation::PassSkipsNetworkPolicies) {
         true => Verdict::Accept,
         false => next.clone(),
@@ -121,7 +123,7 @@ fn network_statements(
             }
         }
     }
-    // A pod may always connect to itself; NetworkPolicy says nothing else about such packets.
+    // No NetworkPolicy can block the connection of a pod to itself.
     let hairpin =
         Statement { counter: None, matches: vec![Match::Hairpin], verdict: Verdict::Accept };
     let mut statements = vec![hairpin];

@@ -33,15 +33,16 @@ pub struct Engine {
     record: Record,
     /// Policies by the terms of their subjects.
     subjects: TermIndex<PolicyId>,
-    /// Sets of the program by their terms.
+    /// Names of the program's sets, by the terms that select their pods.
     members: TermIndex<String>,
-    /// Sets of named ports of all pods.
+    /// Names of the sets that contain a named port of all pods, not only of the pods that a term
+    /// selects.
     ports_of_all: BTreeSet<String>,
     /// Profiles in use, with the number of their users.
     profiles: HashMap<ProfileKey, (Profile, usize)>,
     /// Profile of each interface and direction; `None` in quarantine.
     assigned: BTreeMap<(String, Direction), Option<ProfileKey>>,
-    /// Numbers of profiles that use an object, by the object's name.
+    /// Number of profiles that use each object, by the name of the object.
     uses: HashMap<String, usize>,
 }
 
@@ -218,7 +219,8 @@ impl Engine {
         if let (Some(old), Some(new)) = (&old, &new)
             && old == new
         {
-            // The profiles refer to the old object.
+            // The keys of profiles compare policies by pointer. The old object must stay, because
+            // equal policies in two objects would have two profiles.
             self.inventory.restore_policy(Arc::clone(old));
             return;
         }

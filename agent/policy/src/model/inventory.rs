@@ -34,7 +34,8 @@ pub struct PodInfo {
     pub labels: Arc<Labels>,
     /// Named ports, shared by pods with the same ports.
     pub ports: Arc<BTreeSet<NamedPort>>,
-    /// Addresses, also those that a newer pod owns.
+    /// All addresses that the pod reports. If several pods report an address, the pod that started
+    /// last owns it ([`Inventory::owner`]).
     pub addresses: Vec<IpAddr>,
     /// Start of the pod, RFC 3339 in UTC, so that later texts are greater.
     pub started: Option<String>,
@@ -54,7 +55,7 @@ pub struct NodeInfo {
 pub struct Inventory {
     namespaces: HashMap<String, Labels>,
     pods: BTreeMap<PodId, PodInfo>,
-    /// Pods that have an address.
+    /// Pods that report an address, by the address.
     claims: HashMap<IpAddr, BTreeSet<PodId>>,
     nodes: BTreeMap<String, NodeInfo>,
     pod_networks: Vec<AddressRange>,

@@ -59,6 +59,7 @@ fn pod_id(name: u8, namespace: usize) -> PodId {
     PodId { namespace: namespace_name(namespace).to_owned(), name: format!("o{name}") }
 }
 
+/// Applies `step` to `engine`.
 pub(super) fn take(engine: &mut Engine, step: Step) {
     match step {
         Step::Pod(name, pod) => engine.upsert_pod(&read::<Pod>(named(pod, name))),
