@@ -25,8 +25,9 @@ pub(super) struct Install {
 }
 
 impl Install {
-    /// Installs the plugin and then the configuration, once the agent can serve: from then on the
-    /// runtime starts pods. Correct files are not written. An existing configuration always stays,
+    /// Installs the plugin and then the configuration. Without `can_serve`, which is true once the
+    /// agent has been ready, only the chain is checked: the runtime starts pods as soon as the
+    /// configuration exists. Correct files are not written. An existing configuration always stays,
     /// because pods cannot be deleted without it.
     ///
     /// # Errors

@@ -175,7 +175,8 @@ struct Reconciler {
     not_ready: Option<NotReady>,
     /// Errors of the last reconciliation, which are logged once.
     logged_errors: Vec<String>,
-    /// True after the agent was ready for the first time; from then on the plugin is installed.
+    /// True once the agent has been ready for the first time. From then on the plugin may be
+    /// installed. Requests of the plugin are served earlier, too.
     can_serve: bool,
     install: Install,
     offers: watch::Sender<Offer>,

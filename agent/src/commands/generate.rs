@@ -26,7 +26,8 @@ pub(crate) fn man(command: Command, directory: Option<&Path>) -> Result<(), Fail
         return print(&String::from_utf8_lossy(&page));
     };
     let shown = directory.display();
-    // In a directory of another user, links could replace the pages.
+    // Another user who can change the directory could place symbolic links under the names of the
+    // pages, so that the pages would overwrite other files.
     let written = fs::create_dir_all(directory)
         .and_then(|()| check_directory(directory))
         .and_then(|()| clap_mangen::generate_to(command, directory));

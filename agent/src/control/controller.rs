@@ -37,7 +37,8 @@ use crate::status::PeerConflict;
 /// Interval of the reconciliation, independent of notifications: the kernel drops notifications
 /// under load.
 const RESYNC_INTERVAL: Duration = Duration::from_secs(10);
-/// Minimum interval between two reactions to changed path MTUs: a peer determines its own MTU.
+/// Minimum interval between two reactions to changed path MTUs. A peer chooses the MTU that it
+/// announces; without the interval, frequent changes of one peer would keep this node busy.
 const MIN_PATH_INTERVAL: Duration = Duration::from_secs(1);
 /// Maximum wait for the data process to apply a snapshot before routes to new peers are added.
 const APPLY_TIMEOUT: Duration = Duration::from_millis(200);
@@ -365,8 +366,8 @@ impl Controller {
         {
             tracing::error!(%error, "interface not removed. Remove it with skein-agent cleanup.");
         }
-        // A node that was part of the network before may still have pods. Their traffic stays
-        // refused.
+        // Only the first start removes the unreachable routes and the rules. Before a later start
+        // the node may have got pods, whose traffic must stay blocked.
         if self.registry.is_first_start() {
             let (before, alias) = (&self.unreachable, self.config.alias());
             let none = BTreeSet::new();
@@ -401,8 +402,8 @@ fn first_revision() -> u64 {
     u64::try_from(now.as_millis()).unwrap_or(1)
 }
 
-/// Restores once the `accept_ra` sysctls that an earlier version has changed. An error is logged,
-/// and the next start retries.
+/// Restores the `accept_ra` sysctls that an earlier version has changed. After a success, later
+/// starts with the same state directory do nothing. An error is logged, and the next start retries.
 async fn restore_accept_ra(netlink: &Netlink, config: &Config, registry: &mut Registry) {
     if registry.is_accept_ra_restored() || !config.interface.forwarding {
         return;
@@ -411,7 +412,11 @@ async fn restore_accept_ra(netlink: &Netlink, config: &Config, registry: &mut Re
         Ok(changed) => {
             if !changed.is_empty() {
                 let names = abridged(&changed);
-                tracing::info!(names, "accept_ra restored to 1: router advertisements are ignored");
+                tracing::info!(
+                    names,
+                    "accept_ra restored to 1. A kernel that forwards IPv6 then ignores router \
+                     advertisements."
+                );
             }
             registry.set_accept_ra_restored();
         }

@@ -11,7 +11,7 @@ use skein_sys::link;
 
 use crate::config::DEFAULT_PORT;
 
-/// Longest name of an interface in bytes (IFNAMSIZ less its terminator).
+/// Maximum length of an interface name in bytes (IFNAMSIZ without the terminator).
 const MAX_INTERFACE_NAME: usize = 15;
 
 /// An endpoint of a node.
@@ -20,7 +20,8 @@ const MAX_INTERFACE_NAME: usize = 15;
 pub struct Endpoint {
     /// Address and port; the scope id is 0.
     address: SocketAddr,
-    /// Name, or index in digits, of the interface of a link-local address; `None` of all others.
+    /// Interface of a link-local address: its name, or its index in digits. `None` if the address
+    /// is not link-local.
     interface: Option<String>,
 }
 

@@ -26,7 +26,7 @@ type Position<S> = (S, usize);
 /// Position of a record, and the number of a key, prefix or endpoint in the record.
 type Place<S> = (Position<S>, usize);
 
-/// A property that one record only may have.
+/// A property that only one record may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Identity<'a> {
     Name(&'a str),
@@ -47,16 +47,18 @@ pub struct Conflicts<'a, S> {
     holders: HashMap<Identity<'a>, BTreeSet<Place<S>>>,
     /// Names and keys with several holders, by the place of the second one.
     shared: BTreeMap<Place<S>, Identity<'a>>,
-    /// Places of each prefix. Prefixes nest or are disjoint: a prefix that overlaps any other
-    /// overlaps its neighbour in this order.
+    /// Places of each prefix. Two prefixes are disjoint, or one contains the other. In this order a
+    /// prefix precedes the prefixes inside it, so that it overlaps the next prefix if it contains
+    /// any other.
     prefixes: BTreeMap<IpNet, BTreeSet<Place<S>>>,
     /// Prefixes that have several places or overlap the next prefix.
     overlapping: BTreeSet<IpNet>,
     /// Places of each endpoint's address.
     endpoints: BTreeMap<IpAddr, BTreeSet<Place<S>>>,
-    /// Endpoints that have not been compared with all prefixes.
+    /// Places of the endpoints that have not been compared with all prefixes.
     unchecked: BTreeSet<Place<S>>,
-    /// Prefixes whose addresses have not been added to `unchecked` yet.
+    /// Prefixes that were inserted since the last check. The endpoints inside them have not been
+    /// added to `unchecked` yet.
     new_prefixes: Vec<IpNet>,
 }
 

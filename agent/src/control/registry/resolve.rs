@@ -173,7 +173,7 @@ pub(super) fn resolve_conflicts(
     }
     while let Some(conflict) = resolver.conflicts.first() {
         let Some((loser, error)) = resolver.choose_loser(&conflict) else { break };
-        resolver.refuse(loser, error);
+        resolver.replace_with_last_good(loser, error);
     }
     let Resolver { paths, candidates, rejected, .. } = resolver;
     let accepted = paths.into_iter().zip(candidates).filter_map(|(path, candidate)| {
@@ -182,24 +182,26 @@ pub(super) fn resolve_conflicts(
     Resolution { accepted: accepted.collect(), rejected }
 }
 
-/// State of a decision. Files are named by their numbers in the order of their paths; `None` stands
-/// for this node's configuration.
+/// State of a decision. Files are numbered in the order of their paths. The number `None` means
+/// this node's configuration.
 struct Resolver<'a> {
     own: &'a LocalNode,
-    /// Record that stands for this node's own one: always if the configuration names the pod CIDRs,
-    /// otherwise while no file has a record of this node.
+    /// Record of this node with the pod CIDRs of the configuration or, if the configuration names
+    /// none, of the active records. In the first case `conflicts` always contains this record. In
+    /// the second case `conflicts` contains it only while no candidate has a record of this node.
     configured: Option<&'a NodeRecord>,
     last_good: &'a Accepted,
     paths: Vec<&'a PathBuf>,
     candidates: Vec<Option<Candidate<'a>>>,
-    /// Number of candidates' records of this node.
+    /// Number of records of this node in all candidates.
     own_records: usize,
     conflicts: Conflicts<'a, Option<usize>>,
     rejected: BTreeMap<PathBuf, String>,
 }
 
 impl<'a> Resolver<'a> {
-    /// Adds a candidate. One that contradicts the configuration is rejected.
+    /// Adds a candidate. A candidate that contradicts the configuration is rejected, and the last
+    /// good version is added instead if the candidate is new.
     fn add(&mut self, file: usize, mut candidate: Candidate<'a>) {
         while let Some(error) = refusal_reason(self.own, candidate.records) {
             match self.reject(file, candidate, error) {
@@ -222,7 +224,7 @@ impl<'a> Resolver<'a> {
     }
 
     /// Removes the candidate of a file, and adds the last good version if the candidate is new.
-    fn refuse(&mut self, file: usize, error: String) {
+    fn replace_with_last_good(&mut self, file: usize, error: String) {
         let Some(candidate) = self.candidates[file].take() else { return };
         for (index, record) in candidate.records.iter().enumerate() {
             self.conflicts.remove(Some(file), index);
@@ -234,7 +236,8 @@ impl<'a> Resolver<'a> {
         }
     }
 
-    /// Enters the first error of a file. Returns the last good version if `candidate` is new.
+    /// Records the error of a file, unless the file has an error already. Returns the last good
+    /// version if `candidate` is new.
     fn reject(
         &mut self,
         file: usize,

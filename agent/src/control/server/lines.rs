@@ -12,7 +12,8 @@ use super::Service;
 
 /// Maximum length of a request, bytes.
 const MAX_LINE: u64 = 1024;
-/// Requests the hand-over. The answer is a byte with the lock, as after `POST /hand-over`.
+/// Requests the hand-over. The answer is one byte, with the descriptor of the lock as ancillary
+/// data (SCM_RIGHTS), as after `POST /hand-over`.
 pub(in crate::control) const HAND_OVER: &str = "hand over\n";
 
 /// Waits for the first byte, which stays in the socket. Returns whether it begins a line request:
