@@ -94,7 +94,9 @@ impl Sender {
     /// The function stops if the buffer of the nonblocking `socket` is full. The caller then waits
     /// until the socket is writable and repeats the call from [`SendOutcome::blocked`].
     ///
-    /// `gso` stores the destinations for which UDP_SEGMENT fails; `now` ends their pauses.
+    /// `gso` contains the destinations for which UDP_SEGMENT has failed. Their batches are sent
+    /// without UDP_SEGMENT for a pause. If the pause of a destination has ended at the time `now`,
+    /// UDP_SEGMENT is used again.
     pub fn send(
         &mut self,
         socket: BorrowedFd<'_>,

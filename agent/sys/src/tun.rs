@@ -119,7 +119,9 @@ const FLAGS: i32 = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::
 ///
 /// # Errors
 /// [`TunError::Exists`] or [`TunError::NotATun`] if an interface of that name exists;
-/// [`TunError::Name`], [`TunError::NotFound`], [`TunError::Permission`] or [`TunError::Io`].
+/// [`TunError::Name`] if the name is invalid; [`TunError::NotFound`] if `/dev/net/tun` or its
+/// kernel module is missing; [`TunError::Permission`] for EPERM and EACCES; [`TunError::Io`] for
+/// all other errors.
 pub fn create_persistent(name: &str) -> Result<(), TunError> {
     check_name(name)?;
     if let Some(link) = find(name)? {
@@ -154,8 +156,9 @@ pub fn create_persistent(name: &str) -> Result<(), TunError> {
 /// # Errors
 /// [`TunError::NoDevice`] if the device does not exist; [`TunError::NotATun`] or
 /// [`TunError::Flags`] if it was not created by [`create_persistent`]; [`TunError::Busy`] if
-/// another process uses it; [`TunError::Name`], [`TunError::NotFound`], [`TunError::Permission`] or
-/// [`TunError::Io`], also for another number of queues.
+/// another process uses it; [`TunError::Name`] if the name is invalid; [`TunError::NotFound`] if
+/// `/dev/net/tun` or its kernel module is missing; [`TunError::Permission`] for EPERM and EACCES;
+/// [`TunError::Io`] for a number of queues outside 1 to 256, and for all other errors.
 pub fn open_queues(
     name: &str,
     queues: usize,
@@ -166,7 +169,7 @@ pub fn open_queues(
         let source = io::Error::new(io::ErrorKind::InvalidInput, "1 to 256 queues are allowed");
         return Err(failed(format!("attaching {queues} queues to {name}"), source));
     }
-    let index = wait_for_device(name)?;
+    let index = wait_until_unused(name)?;
     let mut open = Vec::with_capacity(queues);
     for _ in 0..queues {
         open.push(attach(name, index)?);
@@ -188,10 +191,11 @@ pub fn inherit_queue(fd: OwnedFd, name: &str) -> Result<TunQueue, TunError> {
     Ok(TunQueue { device: wrap_descriptor(fd, name)? })
 }
 
-/// Checks that the device exists, has the flags of a device of Skein, and is unused. Returns its
-/// interface index. TUNSETIFF itself would create a missing device, and would attach to an unused
+/// Waits until no other process uses the device, at most [`RELEASE_TIMEOUT`]. Fails at once if the
+/// device does not exist or does not have the flags of a device of Skein. Returns its interface
+/// index. TUNSETIFF itself would create a missing device, and would attach to an unused
 /// device with other flags.
-fn wait_for_device(name: &str) -> Result<u32, TunError> {
+fn wait_until_unused(name: &str) -> Result<u32, TunError> {
     let start = Instant::now();
     loop {
         let link = find(name)?.ok_or_else(|| TunError::NoDevice { name: name.into() })?;
@@ -244,8 +248,8 @@ fn attach(name: &str, index: u32) -> Result<TunQueue, TunError> {
     request
         .set_interface(fd.as_fd())
         .map_err(|source| failed(format!("attaching a queue to {name}"), source))?;
-    let verify = |source| failed(format!("reading the properties of {name}"), source);
-    let (found_name, found) = InterfaceRequest::query(fd.as_fd()).map_err(verify)?;
+    let query_error = |source| failed(format!("reading the properties of {name}"), source);
+    let (found_name, found) = InterfaceRequest::query(fd.as_fd()).map_err(query_error)?;
     // If the device was deleted after the look-up, TUNSETIFF created a new one, which is not
     // persistent.
     if found & libc::IFF_PERSIST == 0 {
@@ -258,7 +262,7 @@ fn attach(name: &str, index: u32) -> Result<TunQueue, TunError> {
     set_vnet_header_len(fd.as_fd())
         .map_err(|source| failed(format!("setting the vnet header of {name}"), source))?;
     let device = wrap_descriptor(fd, name)?;
-    let found_index = device.tun_index().map_err(|source| verify(source.into()))?;
+    let found_index = device.tun_index().map_err(|source| query_error(source.into()))?;
     if u32::try_from(found_index) != Ok(index) {
         let found = format!("its index changed from {index} to {found_index}");
         return Err(TunError::Flags { name: name.into(), found });

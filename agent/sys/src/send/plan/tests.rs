@@ -402,7 +402,8 @@ proptest! {
         );
     }
 
-    /// A kernel with fixed rules accepts every datagram that breaks no rule as a single datagram.
+    /// `execute` must send every datagram that the simulated kernel accepts in a message of its
+    /// own, and drop all other datagrams.
     #[test]
     fn only_datagrams_that_fail_singly_are_dropped(
         wanted in wanted(),
