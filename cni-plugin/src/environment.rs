@@ -77,7 +77,7 @@ impl Environment {
             "VERSION" => (Operation::Version, &[]),
             other => {
                 let other = excerpt(other);
-                return Err(environment(format!(
+                return Err(invalid_environment(format!(
                     "CNI_COMMAND is {other:?}, expected ADD, DEL, CHECK, GC, STATUS or VERSION"
                 )));
             }
@@ -85,7 +85,7 @@ impl Environment {
         let missing: Vec<&str> =
             needed.iter().copied().filter(|name| given(name).is_none()).collect();
         if !missing.is_empty() {
-            return Err(environment(format!("{command} requires {}", missing.join(", "))));
+            return Err(invalid_environment(format!("{command} requires {}", missing.join(", "))));
         }
         let id = AttachmentId {
             container_id: given("CNI_CONTAINERID").unwrap_or_default(),
@@ -119,7 +119,7 @@ fn arguments(text: &str) -> Result<Option<Pod>, PluginError> {
     for pair in text.split(';').filter(|pair| !pair.is_empty()) {
         let Some((key, value)) = pair.split_once('=') else {
             let pair = excerpt(pair);
-            return Err(environment(format!("CNI_ARGS: {pair:?} is not KEY=VALUE")));
+            return Err(invalid_environment(format!("CNI_ARGS: {pair:?} is not KEY=VALUE")));
         };
         match key {
             "IgnoreUnknown" => {
@@ -128,7 +128,7 @@ fn arguments(text: &str) -> Result<Option<Pod>, PluginError> {
                     "0" | "false" | "False" | "FALSE" | "f" | "F" => false,
                     _ => {
                         let value = excerpt(value);
-                        return Err(environment(format!(
+                        return Err(invalid_environment(format!(
                             "CNI_ARGS: IgnoreUnknown is {value:?}: use 1 or 0"
                         )));
                     }
@@ -142,7 +142,7 @@ fn arguments(text: &str) -> Result<Option<Pod>, PluginError> {
         }
     }
     if !unknown.is_empty() && !ignore {
-        return Err(environment(format!(
+        return Err(invalid_environment(format!(
             "CNI_ARGS has unknown keys: {}. Add IgnoreUnknown=1 to ignore them.",
             excerpt(&unknown.join(", "))
         )));
@@ -150,7 +150,7 @@ fn arguments(text: &str) -> Result<Option<Pod>, PluginError> {
     Ok(any.then_some(pod))
 }
 
-fn environment(msg: String) -> PluginError {
+fn invalid_environment(msg: String) -> PluginError {
     PluginError::new(ErrorCode::InvalidEnvironment, msg)
 }
 

@@ -154,7 +154,7 @@ fn add(environment: Environment, config: Config) -> Result<Value, PluginError> {
         Ok(Response::Attached(attached)) => {
             result::document(config.version, &attached, &sandbox, &config.dns, config.prev_result)
         }
-        Ok(other) => Err(unexpected(other)),
+        Ok(other) => Err(response_error(other)),
         Err(error) => {
             Err(agent_unavailable(ErrorCode::TryAgainLater as u32, &config, &error, limit))
         }
@@ -173,9 +173,9 @@ fn del(environment: &Environment, config: &Config) -> Result<(), PluginError> {
         // During an upgrade, plugin and agent have different versions for a short time.
         Ok(Response::Refused(refusal)) if refusal.code == ErrorCode::IncompatibleVersion as u32 => {
             spool::put(&config.spool, id)
-                .map_err(|failed| unexpected(Response::Refused(refusal)).with_details(failed))
+                .map_err(|failed| response_error(Response::Refused(refusal)).with_details(failed))
         }
-        Ok(other) => Err(unexpected(other)),
+        Ok(other) => Err(response_error(other)),
         Err(error) => spool::put(&config.spool, id).map_err(|failed| {
             let spool = config.spool.display();
             agent_unavailable(AGENT_UNAVAILABLE, config, &error, limit)
@@ -194,7 +194,7 @@ fn check(environment: &Environment, config: &Config) -> Result<(), PluginError> 
     let command = Command::Check(Check { id: environment.id.clone(), ips });
     match send_request(config, command, Some(netns.as_fd()), config.timeout) {
         Ok(Response::Done) => Ok(()),
-        Ok(other) => Err(unexpected(other)),
+        Ok(other) => Err(response_error(other)),
         Err(error) => Err(agent_unavailable(AGENT_UNAVAILABLE, config, &error, config.timeout)),
     }
 }
@@ -234,7 +234,7 @@ fn gc(config: Config) -> Result<(), PluginError> {
     let command = Command::Gc(Gc { network: config.name.clone(), valid });
     match send_request(&config, command, None, config.timeout) {
         Ok(Response::Done) => Ok(()),
-        Ok(other) => Err(unexpected(other)),
+        Ok(other) => Err(response_error(other)),
         Err(error) => Err(agent_unavailable(AGENT_UNAVAILABLE, &config, &error, config.timeout)),
     }
 }
@@ -243,7 +243,7 @@ fn status(config: &Config) -> Result<(), PluginError> {
     let limit = config.timeout.min(STATUS_TIMEOUT);
     match send_request(config, Command::Status, None, limit) {
         Ok(Response::Done) => Ok(()),
-        Ok(other) => Err(unexpected(other)),
+        Ok(other) => Err(response_error(other)),
         Err(error) => Err(agent_unavailable(ErrorCode::NotAvailable as u32, config, &error, limit)),
     }
 }
@@ -257,7 +257,9 @@ fn send_request(
     client::send_request(&config.socket, &Request { protocol: VERSION, command }, netns, limit)
 }
 
-fn unexpected(answer: Response) -> PluginError {
+/// Returns the error of a response that is not the success of the request: the error with which the
+/// agent refused it, or the error of a response that belongs to another operation.
+fn response_error(answer: Response) -> PluginError {
     match answer {
         Response::Refused(CniError { code, msg, details }) => PluginError { code, msg, details },
         other => PluginError {

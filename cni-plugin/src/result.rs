@@ -28,7 +28,8 @@ pub fn document(
 /// Checks that [`document`] can append to the result of the previous plugins.
 ///
 /// # Errors
-/// `Decoding` if `previous` is not an object, or if one of its lists is not a list.
+/// `Decoding` if `previous` is not an object, or if its `interfaces`, `ips` or `routes` has another
+/// type than list. A missing entry or `null` counts as an empty list.
 pub fn check_previous(previous: Option<&Value>) -> Result<(), PluginError> {
     let mut previous = match previous {
         None => return Ok(()),

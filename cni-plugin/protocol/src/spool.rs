@@ -49,8 +49,8 @@ pub fn put(directory: &Path, id: &AttachmentId) -> io::Result<()> {
     // and renames it.
     let unfinished = directory.join(format!("{name}.{}", std::process::id()));
     let write = || {
-        // A killed plugin process with the same process id may have left a file, another user a
-        // link.
+        // A killed plugin process with the same process id may have left a file, and another user
+        // may have created a symbolic link.
         let _ = fs::remove_file(&unfinished);
         let mut file = File::create_new(&unfinished)?;
         file.write_all(&serde_json::to_vec(&request)?)?;
