@@ -99,7 +99,7 @@ drop_reasons! {
     Truncated => Ingress, "truncated";
     /// No session has the receiver index of the datagram.
     UnknownSession => Ingress, "unknown_session";
-    /// The session does not have the datagram's lane, or another worker owns the lane.
+    /// The session lacks the datagram's lane, or the datagram arrived at another lane's thread.
     WrongLane => Ingress, "wrong_lane";
     /// The AEAD tag of the datagram is wrong.
     AuthFailed => Ingress, "auth_failed";

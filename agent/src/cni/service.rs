@@ -172,7 +172,7 @@ impl Service {
             Err(error) => {
                 // Removes what was created; the address is released only if that succeeds.
                 if let Err(further) = self.detach(&add.id).await {
-                    tracing::error!(error = %further, "failed attachment not undone");
+                    tracing::error!(error = %further, "cannot undo a failed attachment");
                 }
                 Err(error.into())
             }
@@ -296,7 +296,12 @@ impl Service {
         }
         self.detach(&lease.id).await?;
         let (container, addresses) = (&lease.id.container_id, Vec::from_iter(lease.ips()));
-        tracing::info!(container, ?addresses, disowned, "addresses of a lost pod released");
+        tracing::info!(
+            container,
+            ?addresses,
+            missing_in_gc = disowned,
+            "addresses released, pod is gone"
+        );
         Ok(true)
     }
 

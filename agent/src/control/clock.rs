@@ -58,7 +58,7 @@ impl WallClockFloor {
         }
         tracing::warn!(
             seconds = self.latest - wall,
-            "wall clock was set back, handshakes carry later times"
+            "wall clock was set back, handshakes use times after the latest known time"
         );
         self.latest = self.latest.saturating_add(MARGIN);
         self.write();

@@ -6,7 +6,7 @@ use super::desired::Desired;
 
 pub(super) fn log_changes(outcome: &ReconcileReport) {
     if !outcome.changes.is_empty() {
-        tracing::info!("unreachable routes changed: {}", abridged(&outcome.changes));
+        tracing::info!("routes of type unreachable changed: {}", abridged(&outcome.changes));
     }
 }
 
