@@ -71,7 +71,7 @@ pub fn run(options: &Options) -> Result<()> {
     cluster.verbose = false;
     for agent in &mut cluster.agents {
         agent.serve_pods()?;
-        // The reference plugins also have one address family.
+        // The reference plugins are configured for IPv4 only, so Skein serves only IPv4, too.
         agent.record.pod_cidrs.retain(|cidr| !cidr.contains(':'));
     }
     for agent in &cluster.agents {

@@ -111,7 +111,7 @@ fn measure(count: u32, changes: u32) -> Result<Outcome> {
     skein_lab::checks::wait_until_reached(a, b, Family::V4, Duration::from_secs(5))?;
 
     let agent = &cluster.agents[0];
-    // One second of pings per change, which is longer than all changes take.
+    // The pings last one second per change. All changes end before the last ping.
     let count_pings = 1_000 * changes;
     let (from, to) = (&a.ns, b.address(Family::V4));
     let pings = Ping { count: count_pings, interval_ms: 1, ..Ping::default() };

@@ -27,7 +27,7 @@ use daemons::Ranges;
 use pki::Pki;
 use programs::Programs;
 use skein_lab::process;
-use skein_lab::{Netns, Turn, UNDERLAY, link, registry};
+use skein_lab::{LabPermit, Netns, UNDERLAY, link, registry};
 
 /// Number of the control plane's machine, the last part of its addresses.
 const CONTROL: u8 = 2;
@@ -62,7 +62,7 @@ impl Default for Options {
 }
 
 /// A running cluster. Dropping the value ends it, as does the end of the thread that started it. A
-/// cluster waits for a turn, as every laboratory does.
+/// cluster needs a permit ([`LabPermit`]), as every laboratory does.
 #[derive(Debug)]
 pub struct Kube {
     /// Nodes `node1`, `node2` and so on, in this order.
@@ -74,7 +74,7 @@ pub struct Kube {
     programs: Programs,
     kubeconfig: PathBuf,
     directory: Directory,
-    _turn: Turn,
+    _permit: LabPermit,
 }
 
 /// Directory that is removed when the value is dropped.
@@ -88,12 +88,12 @@ impl Drop for Directory {
 }
 
 impl Kube {
-    /// Waits for a turn and starts a cluster. On return, the nodes are registered at the API
+    /// Waits for a permit and starts a cluster. On return, the nodes are registered at the API
     /// server, but not Ready, because they have no network plugin.
     ///
     /// # Errors
     /// If the number of nodes is not 1 to 100, if the process does not run as root, if a program is
-    /// missing, if there is no turn, or if a machine or a daemon does not start; with the daemons'
+    /// missing, if there is no permit, or if a machine or a daemon does not start; with the daemons'
     /// logs.
     pub fn up(options: &Options) -> Result<Self> {
         ensure!((1..=100).contains(&options.nodes), "a cluster has 1 to 100 nodes");
@@ -101,7 +101,7 @@ impl Kube {
             bail!("creating machines needs root. Run this as root, for example with sudo.");
         }
         let programs = programs::find()?;
-        let turn = Turn::take()?;
+        let permit = LabPermit::acquire()?;
         let directory = Directory(registry::directory("cluster")?);
         let ranges = Ranges::new(options.dual_stack, programs.runtime.is_some());
         let pki = Pki::create(directory.0.join("pki"), &format!("https://{}:6443", v4(CONTROL)))?;
@@ -125,7 +125,7 @@ impl Kube {
         });
         let nodes = nodes.collect::<Result<Vec<_>>>()?;
         let mut kube =
-            Self { nodes, control, switch, programs, kubeconfig, directory, _turn: turn };
+            Self { nodes, control, switch, programs, kubeconfig, directory, _permit: permit };
         kube.start().with_context(|| kube.logs())?;
         Ok(kube)
     }

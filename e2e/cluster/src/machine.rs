@@ -364,7 +364,8 @@ impl Machine {
         self.daemons.iter().map(one).collect()
     }
 
-    /// Returns the shell command that runs the words after it in the machine.
+    /// Returns the beginning of a shell command. The caller appends a command, which the shell then
+    /// runs inside the machine.
     ///
     /// # Errors
     /// If the machine is switched off.

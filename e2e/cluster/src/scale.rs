@@ -41,7 +41,7 @@ pub struct Scale {
 /// Maximum time until an agent is ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Maximum time until the agent has a changed SkeinNode.
+/// Maximum time until the agent has received the change of a SkeinNode.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Text of the log line that the agent writes when its interface is configured.
@@ -56,8 +56,8 @@ const CREATORS: usize = 4;
 /// Runs `cargo e2e cluster scale`: measures, and prints a table.
 ///
 /// # Errors
-/// If the cluster cannot be built, if the agent does not become ready, or if it does not have a
-/// changed SkeinNode within 10 s.
+/// If the cluster cannot be built, if the agent does not become ready, or if the agent does not
+/// receive the change of a SkeinNode within 10 s.
 pub fn run(options: &Scale) -> Result<()> {
     let console = Console::new();
     programs::build(&console)?;
@@ -118,7 +118,7 @@ fn measure(count: u32, options: &Scale) -> Result<Vec<String>> {
             thread::sleep(Duration::from_millis(2));
             if start.elapsed() > CHANGE_TIMEOUT {
                 let seconds = CHANGE_TIMEOUT.as_secs();
-                bail!("the agent did not have a changed SkeinNode within {seconds} s");
+                bail!("the agent did not receive the change of a SkeinNode within {seconds} s");
             }
         }
         took.push(start.elapsed().as_secs_f64() * 1e3);

@@ -191,7 +191,7 @@ impl Pod {
         Ok(finished.code == 0)
     }
 
-    /// Starts `count` pings at intervals of `interval`. End them with [`Pings::end`] or
+    /// Starts `count` pings at intervals of `interval`. End them with [`Pings::wait_until_sent`] or
     /// [`Pings::stop`].
     ///
     /// # Errors
@@ -256,7 +256,7 @@ impl Pings {
     ///
     /// # Errors
     /// If `ping` prints no summary.
-    pub fn end(mut self) -> Result<(u32, u32)> {
+    pub fn wait_until_sent(mut self) -> Result<(u32, u32)> {
         while self.process.exited().is_none() {
             thread::sleep(Duration::from_millis(50));
         }

@@ -109,8 +109,9 @@ impl Default for Plan {
     }
 }
 
-/// Network namespaces of nodes, pods and the switch, which exist as long as the value. A machine
-/// has one laboratory at a time ([`Turn`]), so that tests do not disturb each other's timing.
+/// Network namespaces of nodes, pods and the switch, which exist as long as the value. Unless
+/// [`LABORATORIES_VARIABLE`] allows more, a host has one laboratory at a time ([`LabPermit`]), so
+/// that tests do not disturb each other's timing.
 #[derive(Debug)]
 pub struct Lab {
     /// Nodes in the order of their index.
@@ -118,37 +119,37 @@ pub struct Lab {
     /// Namespace of the switch; `None` if the underlay is [`Underlay::Direct`].
     pub switch: Option<Netns>,
     directory: PathBuf,
-    _turn: Option<Turn>,
+    _permit: Option<LabPermit>,
 }
 
 impl Lab {
-    /// Waits for a turn ([`Turn::take`]) and builds a laboratory.
+    /// Waits for a permit ([`LabPermit::acquire`]) and builds a laboratory.
     ///
     /// # Errors
-    /// If the process does not run as root, if there is no turn within [`TURN_TIMEOUT`], or if a
-    /// namespace, link or address cannot be created.
+    /// If the process does not run as root, if there is no permit within [`PERMIT_TIMEOUT`],
+    /// or if a namespace, link or address cannot be created.
     pub fn new(plan: &Plan) -> Result<Self> {
         Self::build(plan, true)
     }
 
-    /// Builds a laboratory without a turn, for long runs whose results do not depend on other
+    /// Builds a laboratory without a permit, for long runs whose results do not depend on other
     /// laboratories.
     ///
     /// # Errors
     /// If the process does not run as root, or if a namespace, link or address cannot be created.
-    pub fn without_turn(plan: &Plan) -> Result<Self> {
+    pub fn without_permit(plan: &Plan) -> Result<Self> {
         Self::build(plan, false)
     }
 
-    fn build(plan: &Plan, takes_turn: bool) -> Result<Self> {
+    fn build(plan: &Plan, needs_permit: bool) -> Result<Self> {
         if !rustix::process::geteuid().is_root() {
             bail!(
                 "creating network namespaces needs root. Run this as root, for example with sudo."
             );
         }
-        let turn = takes_turn.then(Turn::take).transpose()?;
+        let permit = needs_permit.then(LabPermit::acquire).transpose()?;
         let directory = registry::directory("lab")?;
-        let mut lab = Self { nodes: vec![], switch: None, directory, _turn: turn };
+        let mut lab = Self { nodes: vec![], switch: None, directory, _permit: permit };
         for index in 0..plan.nodes {
             lab.nodes.push(Node::create(index)?);
         }
@@ -248,38 +249,39 @@ impl Drop for Lab {
 
 /// Maximum time to wait for other laboratories. It is less than the ten minutes that a test may
 /// take, so that the test fails with a message.
-pub const TURN_TIMEOUT: Duration = Duration::from_secs(8 * 60);
+pub const PERMIT_TIMEOUT: Duration = Duration::from_secs(8 * 60);
 
 /// Environment variable with the number of laboratories that may exist at the same time.
 pub const LABORATORIES_VARIABLE: &str = "SKEIN_LABORATORIES";
 
-/// A place for a laboratory, held by a lock on a file. If only one laboratory may exist,
-/// its process holds all places.
+/// A permit for a laboratory, held by locks on files. If several laboratories may exist at the same
+/// time, the permit holds the lock of one file. If only one laboratory may exist, the permit holds
+/// the locks of all files.
 #[derive(Debug)]
-pub struct Turn(#[allow(dead_code, reason = "holds the locks until dropped")] Vec<File>);
+pub struct LabPermit(#[allow(dead_code, reason = "holds the locks until dropped")] Vec<File>);
 
 /// Number of lock files, the limit of [`LABORATORIES_VARIABLE`].
 const MAX_LABORATORIES: usize = 16;
 
-impl Turn {
-    /// Waits for a place. If the variable [`LABORATORIES_VARIABLE`] is 2 to 16, this is one of that
-    /// many places; otherwise all of them.
+impl LabPermit {
+    /// Waits for a permit. If the variable [`LABORATORIES_VARIABLE`] is a number *n* from 2 to 16,
+    /// the permit is one of *n* permits. Otherwise the permit excludes all other laboratories.
     ///
     /// # Errors
     ///
-    /// Returns an error if other laboratories hold the places for [`TURN_TIMEOUT`], or if a lock
+    /// Returns an error if other laboratories hold the permits for [`PERMIT_TIMEOUT`], or if a lock
     /// file cannot be used.
-    pub fn take() -> Result<Self> {
+    pub fn acquire() -> Result<Self> {
         let places = std::env::var(LABORATORIES_VARIABLE).ok().and_then(|text| text.parse().ok());
         let places = places.unwrap_or(1).clamp(1, MAX_LABORATORIES);
         let start = Instant::now();
         let mut notified = false;
         loop {
-            if let Some(turn) = Self::try_take(places)? {
-                return Ok(turn);
+            if let Some(permit) = Self::try_acquire(places)? {
+                return Ok(permit);
             }
-            if start.elapsed() > TURN_TIMEOUT {
-                bail!("another laboratory did not end within {} s", TURN_TIMEOUT.as_secs());
+            if start.elapsed() > PERMIT_TIMEOUT {
+                bail!("another laboratory did not end within {} s", PERMIT_TIMEOUT.as_secs());
             }
             if !notified {
                 eprintln!("waiting until another laboratory ends");
@@ -289,7 +291,7 @@ impl Turn {
         }
     }
 
-    fn try_take(places: usize) -> Result<Option<Self>> {
+    fn try_acquire(places: usize) -> Result<Option<Self>> {
         let home = registry::home()?;
         let mut held = Vec::new();
         for index in 0..MAX_LABORATORIES {

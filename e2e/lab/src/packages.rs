@@ -1,8 +1,9 @@
 //! Programs from Debian's packages: the programs that each command needs, and their installation.
 //!
-//! A program is needed for what it is, not for its name: nearly every Debian host has a `busybox`,
-//! and few have one that runs in an empty root directory. A file that lacks the required property
-//! counts as missing, and the messages name it.
+//! A file with the right name can be the wrong program: nearly every Debian host has a `busybox`,
+//! but few hosts have a `busybox` that runs in an empty root directory. The check therefore includes
+//! a property of the file ([`Property`]). A file without the property counts as missing, and the
+//! messages name the file.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -32,7 +33,7 @@ pub enum Property {
     Present,
     /// A statically linked program, which runs in an empty root directory.
     Static,
-    /// A program of this project: `-V` prints the word.
+    /// A program of the upstream project with this name. The output of `-V` contains the name.
     Of(&'static str),
 }
 

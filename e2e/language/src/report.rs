@@ -19,7 +19,8 @@ const LIMITS: [(&str, usize); 8] = [
     ("wide Markdown", 0),
 ];
 
-/// Hits of all rules, with the numbers of doc comments to which limits relate.
+/// Hits of all rules, and the number of doc comments of each crate, from which the shares in percent
+/// are computed.
 #[derive(Debug, Default)]
 pub(crate) struct Report {
     docs: BTreeMap<String, usize>,
@@ -110,7 +111,7 @@ impl Report {
         let _ = writeln!(
             out,
             "{:<24} {:>12} {:>18} {:>18}",
-            "crate", "doc comments", "unclear openings", "three words"
+            "crate", "doc comments", "unclear openings", "short doc comments"
         );
         for (package, docs) in &self.docs {
             let percent = |rule| {

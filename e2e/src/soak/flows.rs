@@ -103,8 +103,9 @@ impl<'scope> Flows<'scope> {
         flows
     }
 
-    /// Returns the longest pause of any connection that ended since the last call.
-    pub(super) fn longest_pause(&self) -> Duration {
+    /// Returns the longest pause of any connection that ended since the last call, and starts a new
+    /// measurement.
+    pub(super) fn take_longest_pause(&self) -> Duration {
         self.connections()
             .map(|stats| stats.progress.take_longest_pause())
             .max()

@@ -68,7 +68,7 @@ pub fn run(options: &Options) -> Result<()> {
     println!("seed {seed}. The option --seed {seed} repeats these faults in this order.");
 
     let plan = Plan { nodes: 3, offloads: Offloads::Wire, ..Plan::default() };
-    let mut cluster = Cluster::prepare(Lab::without_turn(&plan)?, Family::V4)?;
+    let mut cluster = Cluster::prepare(Lab::without_permit(&plan)?, Family::V4)?;
     cluster.verbose = false;
     // The faults restart agents. A build in the meantime must not change the program.
     let program = cluster.lab.directory().join("skein-agent");
@@ -158,7 +158,8 @@ fn inject_faults(
         }
         let Some(fault) = remaining.pop() else { continue };
         let node = random.below(injector.lab.nodes.len());
-        flows.longest_pause();
+        // Discards pauses before the fault.
+        flows.take_longest_pause();
         let done = injector.inject(fault, node, random);
         let ended = Instant::now();
         let what = format!("after {} s: {fault} on node {node}", start.elapsed().as_secs());
@@ -182,7 +183,7 @@ fn inject_faults(
             }
             thread::sleep(Duration::from_millis(20));
         }
-        let stall = flows.longest_pause();
+        let stall = flows.take_longest_pause();
         println!("{} {what}: longest interruption {:.1} s", utc_time(), stall.as_secs_f64());
         events.push(Event { fault, stall });
         pause = Duration::from_millis(3000 + random.below(5000) as u64);

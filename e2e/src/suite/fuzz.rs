@@ -69,8 +69,8 @@ fn fuzz(options: &Options, from: &str, target: &str) -> Result<bool> {
     let time = format!("-max_total_time={}", options.seconds);
     // -1 means no limit.
     let runs = format!("-runs={}", options.runs.map_or(-1, u64::cast_signed));
-    // The fuzzed code is safe Rust, in which a sanitizer would find nothing, and would reduce the
-    // number of executions. Overflows and failed assertions panic.
+    // No sanitizer: the fuzzed code is safe Rust, in which a sanitizer finds no fault, and each
+    // execution with a sanitizer takes longer. Overflows and failed assertions panic.
     let mut arguments = vec!["fuzz", "run", "--sanitizer", "none", target, &found, &kept, "--"];
     arguments.extend([time.as_str(), &runs, "-max_len=70000", "-print_final_stats=1"]);
     let output = in_crate(from, &arguments).stdin(Stdio::null()).output();

@@ -12,12 +12,13 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use skein_lab::process::children;
 
-/// Maximum time without output, and so of one test with its wait for a turn. Most tests take
-/// seconds.
+/// Maximum time without output of a test binary, and therefore maximum duration of a test that
+/// prints nothing, including its wait for other laboratories. Most tests take seconds.
 pub const TEST_TIMEOUT: Duration = Duration::from_secs(10 * 60);
 
-/// End of the runner's line about a function that another test runs in a process of its own. Such a
-/// function does not count as skipped.
+/// Suffix of the line that the test runner prints for an ignored function that is a part of another
+/// test. The other test runs the function in a separate process. Such a function does not count as
+/// skipped.
 const PART_SUFFIX: &str = " ... ignored, part of another test";
 
 /// Maximum time for a test to clean up after SIGTERM, before SIGKILL.

@@ -115,6 +115,6 @@ fn check_with_a_silent_node(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     let took =
         kube.wait("both nodes reach each other", READY_TIMEOUT * 2, |kube| both(kube, "True"))?;
     println!("and True again {:.1} s after the end of the fault", took.as_secs_f64());
-    pings.end()?;
+    pings.wait_until_sent()?;
     wait_until_all_reach_all(kube, pods, Duration::from_secs(10)).map(drop)
 }

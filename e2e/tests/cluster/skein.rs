@@ -174,7 +174,7 @@ fn upgrade(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     let start = Instant::now();
     skein::upgrade(kube, &["podCidr=10.244.0.0/16", "bundling=false"])?;
     println!("helm upgrade took {:.1} s", start.elapsed().as_secs_f64());
-    let (sent, received) = pings.end()?;
+    let (sent, received) = pings.wait_until_sent()?;
     println!("during the upgrade {} of {sent} pings (one per 100 ms) were lost", sent - received);
     // The old pod of a node ends before its new one starts.
     ensure!(sent - received < 250, "Only {received} of {sent} pings were answered.");
@@ -206,7 +206,7 @@ fn the_agent_is_killed(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     let pings = pods[0].start_pings(kube, pods[1].ips[0], 100, Duration::from_millis(50))?;
     thread::sleep(Duration::from_millis(500));
     skein::kill(&kube.nodes[0], "run")?;
-    let (sent, received) = pings.end()?;
+    let (sent, received) = pings.wait_until_sent()?;
     println!("agent killed: {} of {sent} pings (one per 50 ms) were lost", sent - received);
     ensure!(sent == received, "Only {received} of {sent} pings were answered.");
     wait_for_agent(kube, 0)
@@ -224,7 +224,7 @@ fn the_data_process_is_killed(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     let pings = pods[0].start_pings(kube, pods[1].ips[0], 300, Duration::from_millis(10))?;
     thread::sleep(Duration::from_millis(500));
     skein::kill(&kube.nodes[0], "dataplane .*--worker")?;
-    let (sent, received) = pings.end()?;
+    let (sent, received) = pings.wait_until_sent()?;
     println!("data process killed: {} of {sent} pings (one per 10 ms) were lost", sent - received);
     ensure!(sent - received <= 5, "Only {received} of {sent} pings were answered.");
     Ok(())
@@ -268,7 +268,7 @@ fn a_pod_takes_over_from_another(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     kube.kubectl(&[&wait[..], &[&last]].concat())?;
     kube.kubectl(&[&delete[..], &["skein-next"]].concat())?;
     println!("two pods took over in {:.1} s", start.elapsed().as_secs_f64());
-    let (sent, received) = pings.end()?;
+    let (sent, received) = pings.wait_until_sent()?;
     println!("two take-overs: {} of {sent} pings (one per 10 ms) were lost", sent - received);
     ensure!(sent == received, "Only {received} of {sent} pings were answered.");
     wait_for_agent(kube, 0)
@@ -285,7 +285,7 @@ fn the_api_server_is_stopped(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     wait_for_agent(kube, 0)?;
     let up = skein::metrics(&kube.nodes[0])?.sum("skein_node_records_source_up", &[]);
     ensure!(up == 0.0, "The agent does not report the loss of the API server.");
-    let (sent, received) = pings.end()?;
+    let (sent, received) = pings.wait_until_sent()?;
     println!("API server stopped: {} of {sent} pings were lost", sent - received);
     ensure!(sent == received, "Only {received} of {sent} pings were answered.");
     let before = [writes(kube, 0)?, writes(kube, 1)?];

@@ -69,7 +69,7 @@ fn use_newer_plugins(agent: &Agent) -> Result<()> {
 
 /// Debian 12's portmap 1.1.1 refuses CNI 1.1.0, which containerd 2 prefers.
 #[test]
-fn pods_start_and_end_behind_an_old_plugin() -> Result<()> {
+fn pods_start_and_end_with_old_portmap_in_the_list() -> Result<()> {
     let machine = Node::up(|_| ())?;
     let cri = machine.cri()?;
     machine.offers("1.0.0").context("this test needs portmap before 1.6, as Debian 12 has")?;
@@ -100,8 +100,8 @@ fn pods_start_and_end_behind_an_old_plugin() -> Result<()> {
     same(&before, &traces(node(&machine.cluster, 0))?)
 }
 
-/// Shows the fault that common versions prevent: with a list of CNI 1.1.0, the old plugin prevents
-/// the deletion of a pod.
+/// Shows why the agent offers only CNI versions that all plugins of the list support: with CNI 1.1.0
+/// in the list, the old plugin prevents the deletion of a pod.
 #[test]
 fn list_newer_than_a_plugin_fails_deletions() -> Result<()> {
     let mut machine = Node::up(|_| ())?;
@@ -174,7 +174,7 @@ fn plugin_that_another_program_appends_is_called() -> Result<()> {
 }
 
 #[test]
-fn hung_agent_keeps_the_runtime_status_short() -> Result<()> {
+fn runtime_status_returns_soon_while_agent_hangs() -> Result<()> {
     let machine = Node::up(|agent| {
         // STATUS needs CNI 1.1.0 of all plugins.
         use_newer_plugins(agent).expect("the plugins of the newer suite are needed");

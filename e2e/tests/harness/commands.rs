@@ -13,10 +13,10 @@ use skein_bench::Results;
 use skein_lab::agent::binary;
 use skein_lab::checks;
 use skein_lab::process::{self, Process, tail};
-use skein_lab::{TURN_TIMEOUT, registry};
+use skein_lab::{PERMIT_TIMEOUT, registry};
 
 /// Maximum time of a short command, including the wait for other laboratories.
-const COMMAND_TIMEOUT: Duration = TURN_TIMEOUT.saturating_add(Duration::from_secs(90));
+const COMMAND_TIMEOUT: Duration = PERMIT_TIMEOUT.saturating_add(Duration::from_secs(90));
 
 /// Starts a command with the agent under test; its output goes to the file `log`.
 fn start(arguments: &[&str], log: &Path) -> Result<Process> {

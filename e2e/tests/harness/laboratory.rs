@@ -11,7 +11,7 @@ use skein_lab::cni::{same, traces};
 use skein_lab::load::ping::{Ping, ping};
 use skein_lab::load::rr;
 use skein_lab::{
-    Family, Lab, Netns, Offloads, Plan, TURN_TIMEOUT, UNDERLAY, Underlay, process, registry,
+    Family, Lab, Netns, Offloads, PERMIT_TIMEOUT, Plan, UNDERLAY, Underlay, process, registry,
 };
 
 /// Returns the names of objects that this process has created and not removed.
@@ -148,7 +148,7 @@ fn interrupted_by(signal: Signal) -> Result<()> {
     let of_child = format!("-{}-", child.id());
     let remains = || registry::existing().into_iter().filter(|name| name.contains(&of_child));
     let up = || Ok(remains().count() > 4);
-    let up = checks::eventually("a laboratory", TURN_TIMEOUT, up);
+    let up = checks::eventually("a laboratory", PERMIT_TIMEOUT, up);
     let pid = Pid::from_raw(child.id().cast_signed()).context("no process id")?;
     kill_process(pid, signal)?;
     let start = Instant::now();

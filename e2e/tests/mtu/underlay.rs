@@ -196,10 +196,11 @@ fn becomes_minimum(cluster: &Cluster) -> Result<()> {
     checks::all_reach_all(&cluster.lab)
 }
 
-/// The record of one node decides which devices count on all others: a narrow one keeps no agent
-/// from starting.
+/// The record of one node determines which underlay devices the other nodes use for their MTU. A
+/// record with an endpoint behind a device with a small MTU must not prevent the start of other
+/// agents.
 #[test]
-fn mtu_of_underlay_too_small_is_raised_and_reported() -> Result<()> {
+fn small_underlay_mtu_leaves_minimum_mtu_and_is_reported() -> Result<()> {
     let mut cluster = prepare(Family::V4)?;
     cluster.lab.nodes[0].ns.ip("link set eth0 mtu 1300")?;
     cluster.start()?;

@@ -13,14 +13,16 @@ use skein_lab::agent::{Agent, Cluster};
 use skein_lab::checks;
 use skein_lab::{Family, Lab, Netns, Offloads, Plan};
 
-const RUNGS: [&str; 6] = ["tun_uso", "tun_tso", "tun_checksum", "udp_gso", "udp_gro", "udp_ecn"];
+/// Names of the offload capabilities.
+const CAPABILITIES: [&str; 6] =
+    ["tun_uso", "tun_tso", "tun_checksum", "udp_gso", "udp_gro", "udp_ecn"];
 
 /// Returns the state of an offload capability in an agent's report.
-fn state(agent: &Agent, rung: &str) -> Result<String> {
+fn state(agent: &Agent, capability: &str) -> Result<String> {
     let report = agent.report()?;
-    let rungs = report["capabilities"].as_array().context("no capabilities")?;
-    let found = rungs.iter().find(|capability| capability["name"] == rung);
-    let found = found.with_context(|| format!("no {rung} in {rungs:?}"))?;
+    let capabilities = report["capabilities"].as_array().context("no capabilities")?;
+    let found = capabilities.iter().find(|found| found["name"] == capability);
+    let found = found.with_context(|| format!("no {capability} in {capabilities:?}"))?;
     Ok(found["state"].as_str().context("no state")?.to_owned())
 }
 
@@ -28,19 +30,20 @@ fn state(agent: &Agent, rung: &str) -> Result<String> {
 fn possible(agent: &Agent) -> Result<Vec<&'static str>> {
     let checked = agent.run_command(&["check", "-o", "json"])?;
     let probes: Vec<Value> = serde_json::from_str(&checked.stdout).context(checked.stderr)?;
-    let works = |rung: &str| {
-        let name = if rung == "udp_gso" { "udp_segment" } else { rung };
+    let works = |capability: &str| {
+        let name = if capability == "udp_gso" { "udp_segment" } else { capability };
         probes.iter().any(|probe| probe["name"] == name && probe["ok"] == true)
     };
-    Ok(RUNGS.into_iter().filter(|rung| works(rung)).collect())
+    Ok(CAPABILITIES.into_iter().filter(|capability| works(capability)).collect())
 }
 
 /// Returns the expected state of a capability if those in `off` are forced off.
-fn wanted_state(rung: &str, off: &[&str], possible: &[&str]) -> &'static str {
-    let without_checksum = off.contains(&"tun_checksum") && ["tun_uso", "tun_tso"].contains(&rung);
-    if off.contains(&rung) {
+fn wanted_state(capability: &str, off: &[&str], possible: &[&str]) -> &'static str {
+    let without_checksum =
+        off.contains(&"tun_checksum") && ["tun_uso", "tun_tso"].contains(&capability);
+    if off.contains(&capability) {
         "forced_off"
-    } else if without_checksum || !possible.contains(&rung) {
+    } else if without_checksum || !possible.contains(&capability) {
         "unsupported"
     } else {
         "on"
@@ -52,17 +55,21 @@ fn wanted_state(rung: &str, off: &[&str], possible: &[&str]) -> &'static str {
 fn without(off: &[&str], nodes: &[usize], plan: &Plan) -> Result<()> {
     let mut cluster = Cluster::prepare(Lab::new(plan)?, Family::V4)?;
     for &node in nodes {
-        for rung in off {
-            cluster.agents[node].set(&format!("offload.{rung}"), false);
+        for capability in off {
+            cluster.agents[node].set(&format!("offload.{capability}"), false);
         }
     }
     cluster.start()?;
     let possible = possible(&cluster.agents[0])?;
     for (node, agent) in cluster.agents.iter().enumerate() {
-        for rung in RUNGS {
+        for capability in CAPABILITIES {
             let off = if nodes.contains(&node) { off } else { &[] };
-            let (state, wanted) = (state(agent, rung)?, wanted_state(rung, off, &possible));
-            ensure!(state == wanted, "{rung} is {state} instead of {wanted} with {off:?} off.");
+            let (state, wanted) =
+                (state(agent, capability)?, wanted_state(capability, off, &possible));
+            ensure!(
+                state == wanted,
+                "{capability} is {state} instead of {wanted} with {off:?} off."
+            );
         }
     }
     checks::mixed_traffic(&cluster.lab, 6 << 20).with_context(|| format!("{off:?} off"))
@@ -106,17 +113,17 @@ fn without_udp_gro() -> Result<()> {
 
 #[test]
 fn without_any_offload() -> Result<()> {
-    without(&RUNGS, &[0, 1], &Plan::default())
+    without(&CAPABILITIES, &[0, 1], &Plan::default())
 }
 
 #[test]
 fn without_any_offload_on_one_side() -> Result<()> {
-    without(&RUNGS, &[1], &Plan::default())
+    without(&CAPABILITIES, &[1], &Plan::default())
 }
 
 #[test]
 fn without_any_offload_on_a_wire() -> Result<()> {
-    without(&RUNGS, &[0], &Plan { offloads: Offloads::Wire, ..Plan::default() })
+    without(&CAPABILITIES, &[0], &Plan { offloads: Offloads::Wire, ..Plan::default() })
 }
 
 #[test]
@@ -227,14 +234,14 @@ fn gso_refused_by_one_route_loses_no_packet() -> Result<()> {
     ensure!(gso_towards(agent, "node-b")? && gso_towards(agent, "node-c")?);
 
     refusal.start(&cluster.lab)?;
-    let file = checks::start_transfer(a, b, Family::V4, 40_000_000, Some(20_000_000))?;
+    let transfer = checks::start_transfer(a, b, Family::V4, 40_000_000, Some(20_000_000))?;
     checks::eventually("GSO is off towards node-b", checks::EVENT_TIMEOUT, || {
         Ok(!gso_towards(agent, "node-b")?)
     })?;
     ensure!(gso_towards(agent, "node-c")?, "GSO is off towards node-c, too.");
     let udp_gso = state(agent, "udp_gso")?;
     ensure!(udp_gso == "degraded", "udp_gso is {udp_gso} instead of degraded.");
-    file.join()?;
+    transfer.join()?;
     ensure!(fallbacks()? > before, "No fallback is counted.");
     let lost = agent.metrics()?.sum("skein_drops_total", &["reason=\"send_error\""]);
     ensure!(lost == 0.0, "{lost} packets were dropped.");
