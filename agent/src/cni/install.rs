@@ -59,7 +59,7 @@ impl Install {
             if !back.is_empty() {
                 tracing::info!(
                     files = ?back,
-                    "configurations of other networks restored, an earlier version had set them aside"
+                    "configurations of other networks restored, no longer set aside"
                 );
             }
         }

@@ -93,8 +93,8 @@ impl Kube {
     ///
     /// # Errors
     /// If the number of nodes is not 1 to 100, if the process does not run as root, if a program is
-    /// missing, if there is no permit, or if a machine or a daemon does not start; with the daemons'
-    /// logs.
+    /// missing, if there is no permit, or if a machine or a daemon does not start; with the logs
+    /// of the daemons.
     pub fn up(options: &Options) -> Result<Self> {
         ensure!((1..=100).contains(&options.nodes), "a cluster has 1 to 100 nodes");
         if !rustix::process::geteuid().is_root() {

@@ -11,8 +11,8 @@ use serde_json::json;
 
 use skein_lab::process;
 
-/// Configuration of OpenSSL. With its default configuration, OpenSSL would mark every certificate as
-/// the certificate of an authority.
+/// Configuration of OpenSSL. With its default configuration, OpenSSL would mark every certificate
+/// as the certificate of an authority.
 const SETTINGS: &str = "[req]\ndistinguished_name = name\n[name]\n";
 
 /// A directory with the keys and certificates of a cluster.

@@ -1,9 +1,9 @@
 //! Programs from Debian's packages: the programs that each command needs, and their installation.
 //!
 //! A file with the right name can be the wrong program: nearly every Debian host has a `busybox`,
-//! but few hosts have a `busybox` that runs in an empty root directory. The check therefore includes
-//! a property of the file ([`Property`]). A file without the property counts as missing, and the
-//! messages name the file.
+//! but few hosts have a `busybox` that runs in an empty root directory. The check therefore
+//! includes a property of the file ([`Property`]). A file without the property counts as missing,
+//! and the messages name the file.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -19,8 +19,8 @@ const LIMITS: [(&str, usize); 8] = [
     ("wide Markdown", 0),
 ];
 
-/// Hits of all rules, and the number of doc comments of each crate, from which the shares in percent
-/// are computed.
+/// Hits of all rules, and the number of doc comments of each crate, from which the shares in
+/// percent are computed.
 #[derive(Debug, Default)]
 pub(crate) struct Report {
     docs: BTreeMap<String, usize>,

@@ -100,8 +100,8 @@ fn pods_start_and_end_with_old_portmap_in_the_list() -> Result<()> {
     same(&before, &traces(node(&machine.cluster, 0))?)
 }
 
-/// Shows why the agent offers only CNI versions that all plugins of the list support: with CNI 1.1.0
-/// in the list, the old plugin prevents the deletion of a pod.
+/// Shows why the agent offers only CNI versions that all plugins of the list support: with CNI
+/// 1.1.0 in the list, the old plugin prevents the deletion of a pod.
 #[test]
 fn list_newer_than_a_plugin_fails_deletions() -> Result<()> {
     let mut machine = Node::up(|_| ())?;

@@ -208,8 +208,8 @@ fn processes_keep_only_the_capabilities_that_they_need() -> Result<()> {
                         "{set} of thread {task} is {has:x} instead of {allowed:x}."
                     );
                 }
-                // Reducing the bounding set needs CAP_SETPCAP, which a child lacks. With NoNewPrivs,
-                // the bounding set gives a child no capability.
+                // Reducing the bounding set needs CAP_SETPCAP, which a child lacks. With
+                // NoNewPrivs, the bounding set gives a child no capability.
                 let bounds = capabilities(task, "CapBnd")?;
                 ensure!(bounds == control, "The bounding set of thread {task} is {bounds:x}.");
                 ensure!(capabilities(task, "CapInh")? == 0 && capabilities(task, "CapAmb")? == 0);
