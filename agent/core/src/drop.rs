@@ -153,7 +153,7 @@ impl Direction {
     }
 }
 
-/// Drop counters by reason, without atomics: a worker adds them to its shared counters once per
+/// Drop counters by reason, without atomics. A worker adds them to its shared counters once per
 /// batch.
 #[derive(Debug, Clone)]
 pub struct DropCounts([u64; DropReason::ALL.len()]);

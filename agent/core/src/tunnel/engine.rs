@@ -404,7 +404,7 @@ fn identity(private: PrivateKey, prologue: &[u8]) -> Result<LocalIdentity, Engin
     Ok(LocalIdentity::new(identity))
 }
 
-/// Keeps the timestamp of a key that belongs to no peer: its record may return.
+/// Keeps the timestamp of a key that belongs to no peer, because a record with this key may return.
 fn remember(unclaimed: &mut BTreeMap<PublicKey, Timestamp>, key: &PublicKey, timestamp: Timestamp) {
     if unclaimed.len() < MAX_PEERS || unclaimed.contains_key(key) {
         let known = unclaimed.entry(*key).or_default();

@@ -215,7 +215,8 @@ impl Peer {
         pending.sent = Some(sent);
     }
 
-    /// Handles a cookie reply: the peer is under load. Retransmits the initiation with mac2.
+    /// Handles a cookie reply, which means that the peer is under load. Retransmits the initiation
+    /// with mac2.
     ///
     /// # Errors
     /// [`DropReason::HandshakeInvalid`] if no initiation with this index is pending, or if the

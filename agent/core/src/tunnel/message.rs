@@ -14,8 +14,8 @@ use crate::wire::ip::MIN_IPV4_MTU;
 
 /// Length of the unencrypted start of an initiation in bytes.
 pub const CLEAR_LEN: usize = HEADER_LEN + 8;
-/// Maximum length of a handshake message in bytes. Every underlay carries it, also the smallest one
-/// of IPv6 (1280 bytes, RFC 8200, section 5).
+/// Maximum length of a handshake message in bytes. Every underlay carries it, even the smallest
+/// underlay of IPv6 (1280 bytes, RFC 8200, section 5).
 pub const MAX_HANDSHAKE: usize = 1200;
 
 /// Length of an initiation's payload before encryption in bytes.

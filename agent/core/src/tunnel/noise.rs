@@ -27,7 +27,7 @@ pub(crate) const INITIATION_OVERHEAD: usize = KEY_LEN + (KEY_LEN + TAG_LEN) + TA
 pub(crate) const RESPONSE_OVERHEAD: usize = KEY_LEN + TAG_LEN;
 
 const SUITE: &str = "Noise_IK_25519_ChaChaPoly_SHA256";
-/// Suite of the states that overwrite used ones: its handshake needs no keys.
+/// Suite of the states that overwrite used states. The handshake of this suite needs no keys.
 const BLANK_SUITE: &str = "Noise_NN_25519_ChaChaPoly_SHA256";
 
 /// A secret of 32 bytes, wiped on drop.

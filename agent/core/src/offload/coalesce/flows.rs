@@ -26,7 +26,7 @@ impl OpenFlows {
         (self.live >> self.last & 1 == 1).then_some(self.last)
     }
 
-    /// Marks `slot` as used last: the next packet probably belongs to it.
+    /// Marks `slot` as used last, because the next packet probably belongs to it.
     #[inline]
     pub(super) fn touch(&mut self, slot: usize) {
         self.last = slot;

@@ -182,7 +182,7 @@ fn partial_checksum_at_usual_place_is_kept() {
 
 #[test]
 fn partial_checksum_at_other_place_is_completed() {
-    // The packet is encapsulated: the checksum covers the bytes from 28.
+    // The packet is encapsulated, and the checksum covers the bytes from 28.
     let packet = Packet::udp(100).with(|p| p.checksum = Checksum::Full);
     let mut bytes = packet.bytes();
     bytes[44..46].copy_from_slice(&[0, 0]);
