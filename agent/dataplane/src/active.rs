@@ -295,8 +295,8 @@ impl Active {
         if self.engine.poll_timeout().is_some_and(|due| due.mono <= now.mono) {
             self.engine.handle_timeout(now);
         }
-        // Publish before sending: the answer may arrive as soon as a datagram is sent, and the lane
-        // that receives it needs the session.
+        // Publish before sending, because the answer may arrive as soon as a datagram is sent, and
+        // the lane that receives it needs the session.
         if self.engine.poll_tables_changed() {
             self.publish();
         }

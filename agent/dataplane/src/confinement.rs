@@ -53,7 +53,7 @@ pub fn confine(worker: bool, options: ConfinementOptions) -> anyhow::Result<Conf
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .context("cannot set the death signal of the data process")?;
     open_files();
-    // Landlock comes first: the seccomp filter does not allow its system calls.
+    // Landlock comes first, because the seccomp filter does not allow its system calls.
     for (mechanism, activate) in
         [("landlock", landlock::confine as fn() -> _), ("seccomp", seccomp::confine)]
     {

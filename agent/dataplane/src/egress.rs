@@ -243,7 +243,7 @@ impl Egress {
                 self.full_batches += 1;
                 self.flush(lane);
             }
-            // The rest of a superpacket cannot wait: it has no buffer of its own.
+            // The rest of a superpacket cannot wait, because it has no buffer of its own.
             if self.unsent.is_some() {
                 self.drops.add(DropReason::SendNoBuffer);
                 continue;
@@ -290,7 +290,8 @@ impl Egress {
             return;
         }
         if self.batch.is_empty() {
-            // Forget peers that were added without a packet: a later batch may use other tables.
+            // Forget peers that were added without a packet, because a later batch may use other
+            // tables.
             self.batch.clear();
         } else {
             self.batch.finish(&mut self.drops);

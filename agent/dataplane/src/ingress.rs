@@ -310,7 +310,7 @@ impl Ingress {
             lane.report_unknown_session(source.ip());
             return Err(DropReason::UnknownSession);
         };
-        // The engine opens the message again: it answers, and its replay window decides.
+        // The engine opens the message again, checks its own replay window, and answers.
         let sealed: Box<[u8]> = (&*datagram).into();
         rx.check_control(lane.age_clock(), datagram)?;
         lane.manager.try_enqueue(header.kind, source, sealed)

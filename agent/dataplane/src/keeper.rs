@@ -201,8 +201,8 @@ fn supervise_child(
     // Connection over which this keeper has requested its own data process to stop.
     let mut stop: Option<UnixStream> = None;
     loop {
-        // After the request to stop, do not poll the activation: its events stay pending and would
-        // end each poll at once.
+        // After the request to stop, do not poll the activation, because its events stay pending
+        // and would end each poll at once.
         let requests = activation.as_deref().filter(|_| stop.is_none());
         let requests = requests.map(Activation::descriptors).into_iter().flatten();
         let requests: Vec<_> = requests.collect();

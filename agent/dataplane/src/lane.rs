@@ -339,8 +339,8 @@ impl Lane {
     }
 }
 
-/// Aborts the process if epoll_ctl(2) has failed: the lane would never receive again, or never
-/// sleep. The keeper starts a new process at once.
+/// Aborts the process if epoll_ctl(2) has failed, because the lane would never receive again, or
+/// never sleep. The keeper starts a new process at once.
 fn abort_on_error(lane: u8, result: io::Result<()>) {
     if let Err(error) = result {
         tracing::error!(lane, %error, "epoll failed, aborting the data process");

@@ -91,8 +91,8 @@ impl MemfdStore {
         let mut found = Vec::new();
         for record in 0..store.used() {
             if let Some(key) = store.timestamp_key(record) {
-                // If two records have the same key, the last one counts: the process was freeing
-                // the other one.
+                // If two records have the same key, the last one counts, because the process was
+                // freeing the other one.
                 store.timestamps().insert(key, record);
                 continue;
             }
@@ -222,7 +222,7 @@ impl MemfdStore {
         words.iter().for_each(|word| word.store(0, Ordering::Relaxed));
         let counters =
             (0..lanes).chain([CONTROL_LANE]).filter_map(|lane| self.counter_word(record, lane));
-        // Skip words that were never written: a write would allocate their page.
+        // Skip words that were never written, because a write would allocate their page.
         let counters = counters.filter(|counter| counter.load(Ordering::Relaxed) != 0);
         counters.for_each(|counter| counter.store(0, Ordering::Relaxed));
         self.0.free.lock().unwrap_or_else(PoisonError::into_inner).insert(record);

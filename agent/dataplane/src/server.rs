@@ -260,8 +260,8 @@ fn serve_connection(
         manager.send(message).context("the session manager has ended")?;
         let mut response = response.recv().context("the session manager has ended")?;
         if let Response::Report { report } = &mut response {
-            // This thread reads the counters instead of the manager: the kernel may hold its lock
-            // of all links for long.
+            // This thread reads the counters instead of the manager, because the kernel may hold
+            // its lock of all links for long.
             add_device_counters(report);
         }
         write_frame(&mut stream, &response)?;

@@ -2,8 +2,8 @@
 //! would use the same keys with the same counters, so all sessions end.
 //!
 //! The kernel announces a new generation by the uevent `NEW_VMGENID` (drivers/virt/vmgenid.c).
-//! Without an announcement, the wall clock shows the restore: a time server corrects it, whereas
-//! CLOCK_BOOTTIME does not include the time since the snapshot.
+//! Without an announcement, the wall clock shows the restore, because a time server corrects it,
+//! whereas CLOCK_BOOTTIME does not include the time since the snapshot.
 
 use std::io;
 use std::os::fd::OwnedFd;

@@ -65,8 +65,8 @@ pub fn read_frame<T: DeserializeOwned>(from: &mut impl Read) -> io::Result<Optio
         n => from.read_exact(&mut length[n..])?,
     }
     let length = frame_length(length)?;
-    // The buffer grows with the received bytes: the announced length is not trusted. The document
-    // may contain a private key, so each outgrown buffer is wiped.
+    // The buffer grows with the received bytes, because the announced length is not trusted. The
+    // document may contain a private key, so each outgrown buffer is wiped.
     let mut body = Zeroizing::new(Vec::new());
     while body.len() < length {
         let start = body.len();

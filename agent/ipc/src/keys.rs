@@ -101,7 +101,8 @@ impl PrivateKey {
     /// Returns the text form for the key file: 44 characters of base64. The buffer is wiped on drop
     /// and has room for a line end.
     pub fn to_base64(&self) -> Zeroizing<String> {
-        // The capacity suffices for the text and a line end: a string that grows leaves a copy.
+        // The capacity suffices for the text and a line end, because a string that grows leaves a
+        // copy.
         let mut text = Zeroizing::new(String::with_capacity(64));
         // `encode_string` keeps an unwiped buffer on its stack; `encode_slice` writes to this one.
         let mut encoded = Box::new(Zeroizing::new([0; 44]));

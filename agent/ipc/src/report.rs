@@ -48,7 +48,7 @@ pub struct Report {
     /// Peers with a path MTU below this node's MTU, in no particular order.
     #[serde(rename = "narrow")]
     pub reduced_paths: Vec<ReducedPath>,
-    /// Unreachable peers, sorted by name. Present in every report, also without
+    /// Unreachable peers, sorted by name. Present in every report, even without
     /// [`Self::peers`].
     #[serde(default)]
     pub unreachable: Vec<UnreachablePeer>,

@@ -14,8 +14,8 @@ use skein_core::wire::header::{CONTROL_LANE, Header};
 /// needs fewer than 16 per second.
 pub(super) const CONTROL_RATE: Rate = Rate { per_second: 64, burst: 64 };
 
-/// Receive state of one lane for a session. Only this lane uses the windows: the steering of
-/// datagrams assigns each peer and lane number to one lane.
+/// Receive state of one lane for a session. Only this lane uses the windows, because the steering
+/// of datagrams assigns each peer and lane number to one lane.
 pub(super) struct RxSession {
     pub(super) session: Arc<Session>,
     windows: Vec<Option<Box<ReplayWindow>>>,

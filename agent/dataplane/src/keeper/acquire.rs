@@ -21,7 +21,7 @@ use crate::options::{Options, lock_path};
 
 /// Interval at which a waiting keeper tries to acquire the data plane's lock.
 const LOCK_INTERVAL: Duration = Duration::from_millis(10);
-/// Delay of a keeper without descriptors: the lock must have been free for this time before this
+/// Delay of a keeper without descriptors. The lock must have been free for this time before this
 /// keeper acquires the lock. Meanwhile a keeper that holds descriptors makes several attempts
 /// ([`LOCK_INTERVAL`]), and therefore acquires the lock first.
 const NON_HOLDER_DELAY: Duration = Duration::from_millis(50);
@@ -179,8 +179,8 @@ impl RequestError {
 ///
 /// While no answer has arrived, the function also tries the lock and returns the lock once the lock
 /// is free. A data process that exits before it accepts the connection would otherwise be noticed
-/// only after the timeout: the descriptor store of this keeper contains the listening socket, so
-/// the kernel keeps the connection open.
+/// only after the timeout, because the descriptor store of this keeper contains the listening
+/// socket, so the kernel keeps the connection open.
 ///
 /// # Errors
 /// [`RequestError::Io`] if the connection fails or the answer is malformed,
