@@ -13,7 +13,7 @@ use super::error::IpamError;
 use super::family::{Family, number};
 use super::free::Ranges;
 
-/// Time for which a released address is not allocated while another one is free: its former
+/// Time for which a released address is not allocated while another one is free, because its former
 /// holder's peers may still send to it, and may have cached it.
 pub const QUARANTINE_TIME: Duration = Duration::from_secs(30);
 
@@ -159,7 +159,7 @@ impl AddressAllocator {
     pub(super) fn pick(&mut self, now: SystemTime, change_set: &mut ChangeSet) -> Option<u128> {
         self.expire_quarantine(now, change_set);
         self.free.after(self.cursor).or_else(|| {
-            // Quarantined addresses outside all pools are few: they remain for at most
+            // Quarantined addresses outside all pools are few, because they remain for at most
             // `QUARANTINE_TIME`.
             let mut oldest = self.by_age.iter().map(|&(_, number)| number);
             oldest.find(|&number| self.is_usable(number))

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 use skein_cni_protocol::{AttachmentId, Pod};
 
-/// Lease of an attachment. Later versions may add fields: a missing field gets its default, and an
+/// Lease of an attachment. Later versions may add fields. A missing field gets its default, and an
 /// unknown field is ignored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lease {

@@ -65,8 +65,8 @@ impl Store {
     /// Commits a change set in one transaction; the data is on disk when the method returns.
     ///
     /// # Errors
-    /// [`StoreError`] if the transaction fails. Its outcome is unknown then: the store is closed,
-    /// and [`Store::open`] reads the outcome.
+    /// [`StoreError`] if the transaction fails. The outcome of the transaction is unknown then. The
+    /// store is closed, and [`Store::open`] reads the outcome.
     pub(super) fn write(&mut self, change_set: &ChangeSet) -> Result<(), StoreError> {
         self.with(|database| write(database, change_set))
     }

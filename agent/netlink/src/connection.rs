@@ -44,7 +44,7 @@ impl NetlinkError {
 pub struct Netlink {
     pub(super) handle: rtnetlink::Handle,
     task: JoinHandle<()>,
-    /// Lock of dumps: the kernel refuses a second dump on the same socket (EBUSY).
+    /// Lock of dumps, because the kernel refuses a second dump on the same socket (EBUSY).
     pub(super) dump: tokio::sync::Mutex<()>,
 }
 

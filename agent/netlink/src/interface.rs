@@ -39,8 +39,8 @@ pub struct InterfaceSpec {
     pub mtus: BTreeMap<IpNet, u16>,
     /// True to enable IPv4 forwarding, and with `forwarding_ipv6` IPv6 forwarding.
     pub forwarding: bool,
-    /// True if this node has IPv6 pod CIDRs. Pod CIDRs of other nodes do not count: a node record
-    /// must not enable forwarding on other nodes.
+    /// True if this node has IPv6 pod CIDRs. Pod CIDRs of other nodes do not count, because a node
+    /// record must not enable forwarding on other nodes.
     pub forwarding_ipv6: bool,
 }
 

@@ -23,7 +23,7 @@ pub const CONTROL: CapabilitySet = DATAPLANE.union(CapabilitySet::DAC_OVERRIDE);
 /// namespaces, CAP_SYS_PTRACE for namespaces in the form `/proc/<pid>/ns/net`.
 pub const PODS: CapabilitySet = CapabilitySet::SYS_ADMIN.union(CapabilitySet::SYS_PTRACE);
 
-/// Effective capabilities of `skein-agent hold`, which only waits for a lock: the state directory
+/// Effective capabilities of `skein-agent hold`, which only waits for a lock. The state directory
 /// may belong to another user.
 pub const HOLDER: CapabilitySet = CapabilitySet::DAC_OVERRIDE;
 

@@ -11,7 +11,8 @@ use crate::socket::is_trusted;
 /// Creates a file with the permission bits `mode`, reduced by the umask, and opens it for writing.
 ///
 /// # Errors
-/// The error of open(2) with O_EXCL: `AlreadyExists` if `path` exists, also as a symbolic link.
+/// The error of open(2) with O_EXCL: `AlreadyExists` if `path` exists, even if it is a symbolic
+/// link.
 pub fn create_new(path: &Path, mode: u32) -> io::Result<File> {
     File::options().write(true).create_new(true).mode(mode).open(path)
 }

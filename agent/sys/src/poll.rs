@@ -46,7 +46,7 @@ impl AsFd for Waker {
 }
 
 /// A set of descriptors with their tokens, of which [`Self::wait`] returns the ready ones. The set
-/// is level-triggered: a descriptor with unread data is reported again.
+/// is level-triggered, so that a descriptor with unread data is reported again.
 pub struct Poller {
     epoll: OwnedFd,
     events: Vec<epoll::Event>,
@@ -109,7 +109,7 @@ impl Poller {
     pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<&[u32]> {
         let timeout = timeout.map(|timeout| Timespec {
             // epoll_wait(2) takes milliseconds as an int. 100,000 s fit and are as good as any
-            // longer timeout: the caller repeats the wait.
+            // longer timeout. The caller repeats the wait.
             tv_sec: timeout.as_secs().min(100_000) as i64,
             tv_nsec: timeout.subsec_nanos().into(),
         });
@@ -162,7 +162,7 @@ mod tests {
         let thread = thread::spawn(move || other.wake());
         assert_eq!(poller.wait(Some(Duration::from_secs(10))).unwrap(), [7]);
         thread.join().unwrap();
-        // The set is level-triggered: the waker is reported until it is drained.
+        // The set is level-triggered, so that the waker is reported until it is drained.
         assert_eq!(poller.wait(Some(Duration::ZERO)).unwrap(), [7]);
         waker.wake();
         waker.drain();

@@ -202,8 +202,8 @@ impl RecvBatch {
 }
 
 /// Returns the segment size of a message of `len` bytes: `reported`, but at most `len`. Returns
-/// `len` if the kernel reports no size or a size below 1. The segment size is at least 1, also for
-/// `len` 0.
+/// `len` if the kernel reports no size or a size below 1. The segment size is at least 1, even if
+/// `len` is 0.
 fn segment_size(reported: Option<i32>, len: usize) -> usize {
     let reported = reported.and_then(|size| usize::try_from(size).ok()).filter(|&size| size > 0);
     reported.map_or(len, |size| size.min(len)).max(1)

@@ -103,9 +103,9 @@ pub enum UdpError {
 /// than requested.
 ///
 /// # Errors
-/// [`UdpError::AddrInUse`] if any other socket uses the port, also one of this process or one with
-/// SO_REUSEPORT; [`UdpError::AddrNotAvailable`] or [`UdpError::NoFamily`] if the host lacks the
-/// address or its family; [`UdpError::Permission`] for a port below 1024 without
+/// [`UdpError::AddrInUse`] if any other socket uses the port, even a socket of this process or a
+/// socket with SO_REUSEPORT; [`UdpError::AddrNotAvailable`] or [`UdpError::NoFamily`] if the host
+/// lacks the address or its family; [`UdpError::Permission`] for a port below 1024 without
 /// CAP_NET_BIND_SERVICE; [`UdpError::Io`] otherwise.
 pub fn bind_lanes(
     address: SocketAddr,
@@ -375,8 +375,8 @@ fn set_buffer_size(socket: &Socket, buffer: Buffer, size: usize, fallbacks: &mut
     }
 }
 
-/// Adds a fallback unless there is one of the same name: the sockets of all lanes get the same
-/// refusals.
+/// Adds a fallback unless there is one of the same name, because the sockets of all lanes get the
+/// same refusals.
 fn push_fallback(fallbacks: &mut Vec<Fallback>, name: &'static str, why: String) {
     if fallbacks.iter().all(|(noted, _)| *noted != name) {
         fallbacks.push((name, why));

@@ -72,8 +72,8 @@ impl Monitor {
         let mut socket = TokioSocket::new(protocols::NETLINK_NETFILTER)?;
         socket.socket_mut().bind(&SocketAddr::new(0, 0))?;
         socket.socket_mut().add_membership(NFNLGRP_NFTABLES)?;
-        // net.core.rmem_max limits the second request. A smaller buffer works as well: the kernel
-        // reports lost notifications as ENOBUFS.
+        // net.core.rmem_max limits the second request. A smaller buffer works as well, because the
+        // kernel reports lost notifications as ENOBUFS.
         if set_socket_recv_buffer_size_force(socket.socket_ref(), receive_buffer).is_err() {
             let _ = socket
                 .socket_ref()
@@ -117,8 +117,8 @@ impl Monitor {
         let mut received = Received::default();
         loop {
             self.buffer.clear();
-            // The asynchronous `recv` can report an empty socket too early: the runtime limits the
-            // reads of a task and learns of new datagrams later.
+            // The asynchronous `recv` can report an empty socket too early, because the runtime
+            // limits the reads of a task and learns of new datagrams later.
             let result =
                 self.socket.socket_ref().recv(&mut self.buffer, libc::MSG_DONTWAIT).map(drop);
             if result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
@@ -239,9 +239,21 @@ mod tests {
     #[test]
     fn generation_is_read_from_newgen_messages_only() {
         assert_eq!(generation(&newgen()), Some(7));
-        assert_eq!(generation(&message(2, 0, 1, &[0, 0, 0, 7])), None, "another message type");
-        assert_eq!(generation(&message(NFT_MSG_NEWGEN, 0, 2, &[0, 0, 0, 7])), None, "no number");
-        assert_eq!(generation(&message(NFT_MSG_NEWGEN, 0, 1, &[0, 7])), None, "two bytes");
+        assert_eq!(
+            generation(&message(2, 0, 1, &[0, 0, 0, 7])),
+            None,
+            "The message has another type."
+        );
+        assert_eq!(
+            generation(&message(NFT_MSG_NEWGEN, 0, 2, &[0, 0, 0, 7])),
+            None,
+            "The message has no number."
+        );
+        assert_eq!(
+            generation(&message(NFT_MSG_NEWGEN, 0, 1, &[0, 7])),
+            None,
+            "The number has two bytes."
+        );
         for length in 0..newgen().len() {
             assert_eq!(generation(&newgen()[..length]), None, "{length} bytes");
         }
@@ -254,7 +266,7 @@ mod tests {
         let elsewhere = message(2, NFPROTO_INET, 3, b"skein\0");
         let count = |messages: &[&[u8]]| transactions(&messages.concat(), "skein", &mut false);
         let end = &*newgen();
-        assert_eq!(count(&[&ours, &ours, end]), 1, "two objects of one transaction");
+        assert_eq!(count(&[&ours, &ours, end]), 1, "The two objects belong to one transaction.");
         assert_eq!(count(&[&ours, end, &other, end, &ours, end]), 2);
         assert_eq!(count(&[&other, &longer, &elsewhere, end]), 0);
         assert_eq!(count(&[&ours]), 0, "the transaction has not ended");

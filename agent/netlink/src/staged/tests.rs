@@ -20,7 +20,10 @@ fn staged_interface_of_killed_start_is_removed() {
             }
             let present = ensure_device(&wanted, &netlink).await.unwrap();
             assert!(present.created);
-            assert!(netlink.link(name).await.unwrap().is_none(), "it is gone");
+            assert!(
+                netlink.link(name).await.unwrap().is_none(),
+                "No device may keep the staged name."
+            );
             let link = netlink.link("sk-test").await.unwrap().unwrap();
             assert_eq!((link.index, &link.alias), (present.index, &wanted.alias));
             let again = ensure_device(&wanted, &netlink).await.unwrap();

@@ -93,7 +93,7 @@ impl GsoState {
         tracing::debug!(%destination, pause = ?state.pause, %error, "UDP_SEGMENT disabled for a destination");
     }
 
-    /// Handles an accepted message with several datagrams: the destination's state is removed.
+    /// Removes the state of the destination after an accepted message with several datagrams.
     pub(super) fn on_sent(&mut self, destination: SocketAddr) {
         if !self.destinations.is_empty() && self.destinations.remove(&destination).is_some() {
             tracing::debug!(%destination, "UDP_SEGMENT enabled again for a destination");

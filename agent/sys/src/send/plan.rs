@@ -61,7 +61,7 @@ pub(super) enum EcnUse {
     #[default]
     On,
     /// The kernel refused a datagram with the control message. The datagram is sent again without
-    /// it: the result shows whether the control message was the cause.
+    /// it. The result shows whether the control message was the cause.
     Trial,
     /// The kernel refuses the control message.
     Refused,
@@ -185,8 +185,8 @@ impl Execution<'_> {
         while self.plan.messages.len() < MAX_MESSAGES {
             let Some(batch) = self.batches.get(at.batch) else { break };
             if at.segment == 0 && !self.is_valid(batch) {
-                // The messages before an invalid batch are sent first: the cursor may only pass
-                // datagrams that are sent or dropped.
+                // The messages before an invalid batch are sent first, because the cursor may only
+                // pass datagrams that are sent or dropped.
                 if !self.plan.messages.is_empty() {
                     break;
                 }

@@ -92,11 +92,23 @@ fn generation_grows_by_one_for_each_transaction() {
         let monitor = Monitor::start(RECEIVE_BUFFER).unwrap();
         let before = monitor.generation().unwrap();
         replace(&Rules::example()).await.unwrap();
-        assert_eq!(monitor.generation().unwrap(), before + 1, "one installation");
+        assert_eq!(
+            monitor.generation().unwrap(),
+            before + 1,
+            "The installation must be one transaction."
+        );
         list("skein").await.unwrap();
-        assert_eq!(monitor.generation().unwrap(), before + 1, "a list is no transaction");
+        assert_eq!(
+            monitor.generation().unwrap(),
+            before + 1,
+            "A list must not count as a transaction."
+        );
         nft(&["add", "table", "ip", "other"], "").await.unwrap();
-        assert_eq!(monitor.generation().unwrap(), before + 2, "a table of another program");
+        assert_eq!(
+            monitor.generation().unwrap(),
+            before + 2,
+            "A change of another table must count."
+        );
     });
 }
 

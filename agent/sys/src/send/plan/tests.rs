@@ -177,7 +177,7 @@ fn refused_ecn_control_message_is_omitted() {
     assert_eq!(
         (second.outcome.calls, second.outcome.gso_messages),
         (1, 3),
-        "the second call omits it"
+        "The second call must omit the ECN control message."
     );
 }
 
