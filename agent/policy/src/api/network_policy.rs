@@ -83,7 +83,7 @@ pub struct EgressRule {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "RawPeer")]
 pub enum Peer {
-    /// Addresses, also outside the cluster.
+    /// Addresses inside and outside the cluster.
     IpBlock(Parsed<IpBlock>),
     /// Pods of the policy's own namespace.
     Pods(Parsed<LabelSelector>),

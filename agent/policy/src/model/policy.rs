@@ -107,7 +107,8 @@ pub enum Action {
 /// The union of a rule's peers, in canonical form.
 #[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Peers {
-    /// Every peer, also outside the cluster; the other fields are empty.
+    /// True if every peer is selected, inside and outside the cluster. The other fields are empty
+    /// then.
     pub any: bool,
     /// Every pod of the cluster.
     pub all_pods: bool,
@@ -162,7 +163,7 @@ impl Peers {
 /// Protocols and destination ports of a rule.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Ports {
-    /// Every protocol, also those without ports.
+    /// Every protocol, including protocols without ports.
     Any,
     /// The union of entries, sorted. An empty list matches nothing.
     List(Vec<PortSpec>),

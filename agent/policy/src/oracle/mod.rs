@@ -16,7 +16,7 @@ use crate::api::{ClusterNetworkPolicy, Namespace, NetworkPolicy, Node, Pod, Prot
 pub struct World<'a> {
     /// Namespaces with their labels.
     pub namespaces: &'a [Namespace],
-    /// Pods, also those that have ended or use their node's network.
+    /// Pods, including pods that have ended or use their node's network.
     pub pods: &'a [Pod],
     /// Nodes with their addresses.
     pub nodes: &'a [Node],
