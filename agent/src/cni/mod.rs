@@ -123,7 +123,8 @@ impl Pods {
             offers,
             cni,
         };
-        // Before the first request: a pod must not get an address that is already in use.
+        // The reconciliation precedes the first request, because a pod must not get an address that
+        // is already in use.
         reconciler.update_pools();
         reconciler.reconcile().await;
         let view = View { service: Arc::clone(&service), offer };
@@ -221,7 +222,8 @@ impl Reconciler {
             errors.push(format!("firewall: {error}"));
         }
         let mut pod_errors = Vec::new();
-        // Leases are adopted from the kernel first: a spooled deletion needs the lease of its pod.
+        // Leases are adopted from the kernel first, because a spooled deletion needs the lease of
+        // its pod.
         let work = async { [self.service.reconcile().await, self.service.process_spool().await] };
         match tokio::time::timeout(RECONCILE_TIMEOUT, work).await {
             Err(_) => {

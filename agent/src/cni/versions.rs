@@ -34,8 +34,8 @@ const MAX_STARTS: u32 = 10;
 const MAX_ANSWER: u64 = 64 << 10;
 /// Versions that Skein offers, oldest first.
 const OFFERED: [Version; 4] = [Version::V0_3_1, Version::V0_4_0, Version::V1_0_0, Version::V1_1_0];
-/// Newest version that a plugin without an answer is expected to support: the reference plugins
-/// have it since 1.0 (2021).
+/// Newest version that a plugin without an answer is expected to support. The reference plugins
+/// have supported it since 1.0 (2021).
 const ASSUMED_NEWEST: Version = Version::V1_0_0;
 
 /// Identity and change time of a file (device, inode, ctime): any change of the file changes it.

@@ -24,18 +24,18 @@ pub struct Cni {
     pub socket: PathBuf,
     /// Directory in which the plugin stores DEL requests while the agent does not answer.
     pub spool: PathBuf,
-    /// Directory in which the plugin is installed; `None`: the plugin is not installed.
+    /// Directory in which the plugin is installed. `None` if the plugin is not installed.
     #[serde(deserialize_with = "path_if_any")]
     pub bin_dir: Option<PathBuf>,
     /// Further directories in which the container runtime searches plugins.
     pub plugin_dirs: Vec<PathBuf>,
-    /// Directory of the network configuration; `None`: no configuration is written.
+    /// Directory of the network configuration. `None` if no configuration is written.
     #[serde(deserialize_with = "path_if_any")]
     pub conf_dir: Option<PathBuf>,
     /// File name of the network configuration, with the suffix `.conflist`.
     pub conf_file: String,
-    /// Path of the plugin's binary to install; `None`: `skein-cni` in the directory of the agent's
-    /// binary.
+    /// Path of the plugin's binary to install. `None` means `skein-cni` in the directory of the
+    /// agent's binary.
     pub plugin: Option<PathBuf>,
     /// Name of the network in the network configuration, 1 to 200 bytes.
     pub network: String,

@@ -22,11 +22,12 @@ const MTU_RANGE: RangeInclusive<u16> = MIN_IPV4_MTU..=MAX_MTU;
 pub struct Interface {
     /// Name of the interface, at most 15 bytes.
     pub name: String,
-    /// MTU in bytes; `None`: the underlay's MTU minus the overhead of a datagram.
+    /// MTU in bytes. `None` means the underlay's MTU minus the overhead of a datagram.
     pub mtu: Option<u16>,
     /// Length of each queue of the TUN device, packets, 1 to 1,000,000.
     pub txqueuelen: u32,
-    /// Addresses of the node on the interface; `None`: the first host of each of its pod CIDRs.
+    /// Addresses of the node on the interface. `None` means the first host of each of its pod
+    /// CIDRs.
     #[serde(deserialize_with = "addresses")]
     pub addresses: Option<Vec<IpAddr>>,
     /// Enables IPv4 and IPv6 forwarding in this network namespace.

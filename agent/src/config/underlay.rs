@@ -16,7 +16,7 @@ const BUFFER_RANGE: RangeInclusive<usize> = 65_536..=1 << 30;
 #[derive(Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct UnderlayKeys {
-    /// Addresses to bind; `None`: the unspecified address of each family of the host.
+    /// Addresses to bind. `None` means the unspecified address of each family of the host.
     #[serde(deserialize_with = "addresses")]
     addresses: Option<Vec<IpAddr>>,
     port: u16,

@@ -33,7 +33,7 @@ pub enum AgentError {
     /// No agent listens, the listener is another user's, or the agent does not answer in time.
     #[error("{0}")]
     Io(#[from] io::Error),
-    /// The answer is not HTTP: an agent of version 0.1.0 answers in another way.
+    /// The answer is not HTTP. An agent of version 0.1.0 answers in another way.
     #[error(
         "the agent does not answer in HTTP, as an agent of version 0.1.0. Use the program of that \
          version."
@@ -117,8 +117,8 @@ pub fn request_hand_over(path: &Path) -> io::Result<Option<FileLock>> {
     }
 }
 
-/// Reads the header of the answer to `POST /hand-over`, byte by byte: a longer read could swallow
-/// the descriptor that follows. Returns false if the answer is not HTTP.
+/// Reads the header of the answer to `POST /hand-over`, byte by byte, because a longer read could
+/// swallow the descriptor that follows. Returns false if the answer is not HTTP.
 fn is_switching(stream: &mut impl Read) -> io::Result<bool> {
     let mut header = Vec::new();
     while !header.ends_with(b"\r\n\r\n") {

@@ -13,8 +13,8 @@ use crate::config::{Config, overlap};
 
 /// Returns the rules of the nftables table. `networks` are the prefixes of this node's addresses on
 /// interfaces of other programs. A prefix of a present or former peer that overlaps one of them is
-/// left out: the record must not cut this node off from a network of its own. `source_ports` are
-/// the ports of the data process.
+/// left out, because the record must not cut this node off from a network of its own.
+/// `source_ports` are the ports of the data process.
 pub(super) fn firewall_rules(
     config: &Config,
     desired: &Desired,

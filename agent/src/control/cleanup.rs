@@ -258,7 +258,11 @@ mod tests {
         let config = config(&socket);
         assert_eq!(stop_dataplane(&config).await, Ok(false));
         drop(UnixListener::bind(&socket).unwrap());
-        assert_eq!(stop_dataplane(&config).await, Ok(false), "left by a process that is gone");
+        assert_eq!(
+            stop_dataplane(&config).await,
+            Ok(false),
+            "A socket file without a process must be no error."
+        );
         std::fs::remove_file(&socket).unwrap();
         let listener = UnixListener::bind(&socket).unwrap();
         let thread = std::thread::spawn(move || {
@@ -275,7 +279,10 @@ mod tests {
                 accepts_seen_handshakes: false,
             };
             write_frame(&mut stream, &answer).unwrap();
-            assert!(read_frame::<Request>(&mut stream).unwrap().is_none(), "left alone");
+            assert!(
+                read_frame::<Request>(&mut stream).unwrap().is_none(),
+                "The data process of another node must get no further request."
+            );
         });
         assert!(stop_dataplane(&config).await.unwrap_err().contains("clean up again"));
         assert!(stop_dataplane(&config).await.unwrap_err().contains("node-b"));
@@ -320,8 +327,11 @@ mod tests {
         let cleaned = cleanup(&Config::parse(&text).unwrap(), false).await.unwrap();
         assert_eq!(cleaned.errors.len(), 1, "{cleaned:?}");
         assert!(cleaned.errors[0].contains("does not answer"), "{cleaned:?}");
-        assert!(!path.join("control.sock").exists(), "the other steps are done");
-        assert!(socket.exists(), "the next clean-up finds the process again");
+        assert!(
+            !path.join("control.sock").exists(),
+            "The control socket must be removed in spite of the error."
+        );
+        assert!(socket.exists(), "The socket of the running data process must stay.");
     }
 
     #[test]

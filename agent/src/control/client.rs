@@ -14,9 +14,9 @@ use thiserror::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
-/// Timeout of most requests: the data process answers within milliseconds unless it hangs.
+/// Timeout of most requests. The data process answers within milliseconds unless it hangs.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
-/// Timeout of requests that change the state: opening sockets and adding thousands of peers may
+/// Timeout of requests that change the state. Opening sockets and adding thousands of peers may
 /// take seconds on a busy machine.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(30);
 

@@ -34,8 +34,8 @@ use crate::failure::Failure;
 use crate::lifecycle::{NotReady, SignalEvent, Signals};
 use crate::status::PeerConflict;
 
-/// Interval of the reconciliation, independent of notifications: the kernel drops notifications
-/// under load.
+/// Interval of the reconciliation. It does not depend on notifications, because the kernel drops
+/// notifications under load.
 const RESYNC_INTERVAL: Duration = Duration::from_secs(10);
 /// Minimum interval between two reactions to changed path MTUs. A peer chooses the MTU that it
 /// announces; without the interval, frequent changes of one peer would keep this node busy.
@@ -127,8 +127,8 @@ impl Controller {
         let links = netlink.links().await.map_err(netlink_failure)?;
         let addresses = netlink.addresses(None).await.map_err(netlink_failure)?;
         let networks = networks(&links, &addresses, &config);
-        // Started before the interface exists: no packet of a pod passes before the rules are
-        // installed.
+        // The firewall starts before the interface exists, so that no packet of a pod passes before
+        // the rules are installed.
         let firewall = Firewall::start(firewall_rules(&config, &desired, &networks, &[])).await;
         published.firewall.send_replace(Some(firewall.clone()));
         if let Some(table) = registry.former_table() {

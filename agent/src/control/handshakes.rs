@@ -96,8 +96,8 @@ impl HandshakeTimes {
 /// Merges the reported timestamps into the known ones; a key that has both keeps the later one. A
 /// data process reports the keys of its present peers only, and a node whose record was removed may
 /// return with the same key. Up to [`MAX_UNREPORTED`] keys that are not reported are kept, those
-/// with the highest numbers in `last_reports`. The timestamps do not count: a peer chooses its own,
-/// and may have many keys, one after the other.
+/// with the highest numbers in `last_reports`. The timestamps do not count, because a peer chooses
+/// its own, and may have many keys, one after the other.
 fn merge(
     known: &SeenHandshakes,
     reported: SeenHandshakes,

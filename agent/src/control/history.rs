@@ -48,7 +48,8 @@ impl CounterRing {
 
     fn push_at(&self, time_ms: u64, report: &Report) {
         let mut samples = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        // The wall clock was set back: the samples must stay in the order of their times.
+        // All samples are discarded if the wall clock was set back, because samples must stay in
+        // the order of their times.
         if samples.back().is_some_and(|last| last[0] >= time_ms) {
             samples.clear();
         }

@@ -15,8 +15,8 @@ use crate::failure::Failure;
 use crate::files::sync_beside;
 
 /// Returns the private key of the configured node. A key in the state directory is created at the
-/// first start. A key that `private_key_file` names must exist: a missing mount must not change the
-/// node's identity.
+/// first start. A key that `private_key_file` names must exist, because a missing mount must not
+/// change the node's identity.
 ///
 /// # Errors
 /// [`Failure::Usage`] if `private_key_file` is missing; otherwise as [`load_or_create`].

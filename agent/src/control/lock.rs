@@ -33,7 +33,7 @@ impl StateLock {
         let path = state_dir.join(FILE);
         let Some(lock) = FileLock::try_acquire(&path).map_err(failed)? else {
             let mut holder = String::new();
-            // The process id is only for the message: an agent that has just started may not have
+            // The process id is only for the message. An agent that has just started may not have
             // written it.
             let _ = std::fs::File::open(&path)
                 .and_then(|file| file.take(32).read_to_string(&mut holder));

@@ -180,7 +180,7 @@ pub async fn run(
     http.iter().for_each(JoinHandle::abort);
     server.abort();
     drop((dataplane, probes));
-    // A socket file that stays is harmless: the next start takes it over.
+    // A socket file that stays is harmless, because the next start takes it over.
     let _ = std::fs::remove_file(socket);
     lock.release();
     result.map(|()| Ended::Signal)

@@ -42,8 +42,8 @@ impl Reports {
     /// Requests at the same time share one report.
     pub async fn recent(&self) -> Option<Report> {
         let reports = self.clone();
-        // A separate task: a client that disconnects would cancel a request that others wait for,
-        // and many such clients would cause a request each.
+        // The request runs in a task of its own. Otherwise a client that disconnects would cancel a
+        // request that others wait for, and many such clients would cause a request each.
         tokio::spawn(async move { reports.request_or_reuse().await }).await.ok().flatten()
     }
 

@@ -27,7 +27,7 @@ use crate::failure::Failure;
 use crate::files::sync_beside;
 use crate::status::{RotationStatus, Stage};
 
-/// Maximum wait for peers that still use the old key before it is removed: a peer without access to
+/// Maximum wait for peers that still use the old key before it is removed. A peer without access to
 /// the API server knows only the old key, and a hostile peer must not block the rotation forever.
 const MAX_OLD_KEY_WAIT: Duration = Duration::from_secs(86_400);
 
@@ -75,7 +75,7 @@ pub struct NodeKeys<'a> {
 /// Order of calls: [`Rotation::load`] at the start; [`Rotation::begin`] for a request of an
 /// operator; [`Rotation::step`] every few seconds, after each change of the node records, and at
 /// [`Rotation::deadline`]. After each call the caller compares [`Rotation::public`] with its
-/// earlier value, also after an error, and passes changed keys to the data process. The state on
+/// earlier value, even after an error, and passes changed keys to the data process. The state on
 /// disk always counts: after a failed step the keys are read again.
 #[derive(Debug)]
 pub struct Rotation {
@@ -202,8 +202,8 @@ impl Rotation {
         made.ok().and_then(|made| SystemTime::now().duration_since(made).ok()).unwrap_or_default()
     }
 
-    /// Returns `every` plus up to a tenth, depending on the key: the nodes of a cluster are often
-    /// created within an hour and must not rotate their keys within the same hour.
+    /// Returns `every` plus up to a tenth, depending on the key, because the nodes of a cluster are
+    /// often created within an hour and must not rotate their keys within the same hour.
     fn with_spread(&self, every: Duration) -> Duration {
         every + every / 10 * u32::from(self.public.first.0[0]) / 256
     }

@@ -15,9 +15,9 @@ use crate::config::Config;
 /// Delay between a notification of the kernel and the check, so that one check covers several
 /// notifications.
 const CHECK_DELAY: Duration = Duration::from_millis(100);
-/// Minimum interval between two checks: a routing daemon may change thousands of routes.
+/// Minimum interval between two checks, because a routing daemon may change thousands of routes.
 const MIN_CHECK_INTERVAL: Duration = Duration::from_secs(1);
-/// Maximum interval between two checks: the kernel drops notifications under load.
+/// Maximum interval between two checks, because the kernel drops notifications under load.
 const MAX_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The MTU of the underlay, and the time of the next check.
@@ -48,13 +48,13 @@ impl UnderlayWatch {
         desired
     }
 
-    /// Handles a notification of the kernel: a check becomes due.
+    /// Makes a check due after a notification of the kernel.
     pub(super) fn changed(&mut self) {
         let earliest = self.checked.map(|checked| checked + MIN_CHECK_INTERVAL);
         self.due = earliest.max(Some(Instant::now() + CHECK_DELAY));
     }
 
-    /// Handles a change of the node records: a check becomes due if endpoints differ.
+    /// Makes a check due after a change of the node records if endpoints differ.
     pub(super) fn records_changed(&mut self, config: &Config, registry: &Registry) {
         if self.asked.as_ref().is_some_and(|asked| *asked != underlay(config, registry)) {
             self.changed();

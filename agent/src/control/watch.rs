@@ -217,7 +217,7 @@ mod tests {
         std::fs::write(&file, "x").unwrap();
         assert!(due(&mut watch).await);
         calm(&mut watch).await;
-        // In place: the directory itself does not change.
+        // A write in place does not change the directory itself.
         std::fs::write(&file, "y").unwrap();
         assert!(due(&mut watch).await);
     }
@@ -268,20 +268,20 @@ mod tests {
         let mut watch = SourceWatch::start(&at("nodes"));
         calm(&mut watch).await;
         std::fs::write(at("store/a"), "longer").unwrap();
-        assert!(due(&mut watch).await, "written in place");
+        assert!(due(&mut watch).await, "A link whose target was written must be reported.");
         calm(&mut watch).await;
         std::fs::write(at("store/new"), "4").unwrap();
         std::fs::rename(at("store/new"), at("store/a")).unwrap();
-        assert!(due(&mut watch).await, "replaced");
+        assert!(due(&mut watch).await, "A link whose target was replaced must be reported.");
         calm(&mut watch).await;
         std::os::unix::fs::symlink(at("other/a"), at("nodes/.new")).unwrap();
         std::fs::rename(at("nodes/.new"), at("nodes/a.toml")).unwrap();
-        assert!(due(&mut watch).await, "led elsewhere");
+        assert!(due(&mut watch).await, "A link with a new target must be reported.");
         calm(&mut watch).await;
         std::fs::write(at("other/a"), "longer").unwrap();
-        assert!(due(&mut watch).await, "written where it leads now");
+        assert!(due(&mut watch).await, "A link whose new target was written must be reported.");
         calm(&mut watch).await;
         std::fs::remove_file(at("other/a")).unwrap();
-        assert!(due(&mut watch).await, "gone");
+        assert!(due(&mut watch).await, "A link whose target was removed must be reported.");
     }
 }

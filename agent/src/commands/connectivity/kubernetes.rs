@@ -51,7 +51,8 @@ const PORT: u16 = 8080;
 /// Parameters of the test.
 #[derive(Debug)]
 pub(super) struct Options<'a> {
-    /// Kubeconfig file of the cluster. `None`: the default of kubectl, or the cluster of this pod.
+    /// Kubeconfig file of the cluster. `None` means the default of kubectl, or the cluster of this
+    /// pod.
     pub(super) kubeconfig: Option<&'a Path>,
     /// Namespace of the test's pods.
     pub(super) namespace: &'a str,

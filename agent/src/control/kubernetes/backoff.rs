@@ -37,8 +37,8 @@ impl Iterator for RetryBackoff {
 }
 
 impl Backoff for RetryBackoff {
-    /// Does nothing: a watch reports its start as a success before it has sent a request. The delay
-    /// starts again after [`RESET_INTERVAL`].
+    /// Does nothing, because a watch reports its start as a success before it has sent a request.
+    /// The delay starts again after [`RESET_INTERVAL`].
     fn reset(&mut self) {}
 }
 

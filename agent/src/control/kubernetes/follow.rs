@@ -48,7 +48,7 @@ pub(super) struct State {
     pub(super) problem: Option<String>,
     /// Records of all nodes, this node's in its desired form; `None` before all were received.
     pub(super) records: Option<Arc<ParsedRecords>>,
-    /// Error of a watch, because of which the state may be outdated.
+    /// Error of a watch. The state may be outdated while there is one.
     pub(super) error: Option<String>,
 }
 

@@ -162,7 +162,7 @@ impl Records {
         published.record().ok().map(|record| record.keys())
     }
 
-    /// Returns the error of a watch, because of which the records may be outdated.
+    /// Returns the error of a watch. The records may be outdated while there is one.
     pub fn error(&self) -> Option<String> {
         self.0.borrow().error.clone()
     }

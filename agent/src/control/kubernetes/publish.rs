@@ -91,7 +91,8 @@ impl Publisher {
     /// Writes everything that differs. Each writer runs even if another one fails; the first error
     /// is returned.
     async fn write_changes(&mut self, state: &State) -> anyhow::Result<()> {
-        // Reset even if nothing can be written now: a deadline in the past would cause a busy loop.
+        // The deadline is reset even if nothing can be written now, because a deadline in the past
+        // would cause a busy loop.
         self.status.due = None;
         let Some(node) = &state.node else { return Ok(()) };
         match &state.problem {
@@ -103,7 +104,7 @@ impl Publisher {
                 let (published, deleted) = (state.published.as_deref(), state.deleted.as_deref());
                 self.record.apply(node, own, published, deleted).await
             }
-            // The earlier record stays, but its status must change: the agent is not ready.
+            // The earlier record stays, but its status must change, because the agent is not ready.
             Some(Err(_)) => Ok(()),
             None => return Ok(()),
         };

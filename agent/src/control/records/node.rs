@@ -26,7 +26,8 @@ pub struct NodeRecord {
 }
 
 /// Reads the endpoints of a stored record. Endpoints that this release refuses are left out with a
-/// warning: an earlier release may have stored them, and the rest of the file must stay readable.
+/// warning, because an earlier release may have stored them, and the rest of the file must stay
+/// readable.
 fn usable_endpoints<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Endpoint>, D::Error> {
     let texts = Vec::<String>::deserialize(from)?;
     let (usable, refused) = parse_endpoints(&texts);

@@ -106,8 +106,8 @@ pub(super) fn owners(accepted: &Accepted, own: &str, local: &[IpNet]) -> Owners 
 /// and the owned and former ones that `cluster` does not cover. Two kinds of former prefixes are
 /// left out: one inside an owned prefix, because its unreachable route would win over the route to
 /// the owner, and one that contains an address in `hosts`, the underlay addresses of this node.
-/// Addresses of other nodes do not count: a node chooses the endpoints in its own record, and must
-/// not open a prefix on all others.
+/// Addresses of other nodes do not count, because a node chooses the endpoints in its own record,
+/// and must not open a prefix on all others.
 pub fn overlay_prefixes(
     cluster: &[IpNet],
     local: &[IpNet],

@@ -15,7 +15,7 @@ use crate::control::kubernetes::client::WATCH_RENEWAL_SECONDS;
 use crate::control::kubernetes::own;
 use crate::control::kubernetes::resource::{SkeinNode, SkeinNodeSpec};
 
-/// Maximum time until the watch reports a write: a watch may report nothing until its renewal.
+/// Maximum time until the watch reports a write. A watch may report nothing until its renewal.
 const MAX_WATCH_SILENCE: Duration = Duration::from_secs(2 * WATCH_RENEWAL_SECONDS as u64);
 
 /// Record that was written last, and which the watch reports with a delay.
@@ -80,7 +80,7 @@ impl RecordWriter {
             owners.any(|found| found.uid == owner.uid)
         };
         if published.is_some_and(|found| found.spec == *own && owned(found)) {
-            // The watch has reported the write: a later difference is a new change.
+            // The watch has reported the write, so that a later difference is a new change.
             self.applied = None;
             return Ok(());
         }

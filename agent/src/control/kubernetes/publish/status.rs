@@ -27,7 +27,7 @@ const READINESS_DELAY: Duration = Duration::from_secs(2);
 const MIN_STATUS_INTERVAL: Duration = Duration::from_secs(60);
 /// Maximum number of status writes per second in a cluster, after a failure that all nodes observe.
 const MAX_WRITES_PER_SECOND: f64 = 100.0;
-/// Maximum number of watch events per second in a cluster: each write causes one event for each
+/// Maximum number of watch events per second in a cluster. Each write causes one event for each
 /// agent.
 const MAX_WATCH_EVENTS_PER_SECOND: f64 = 20_000.0;
 

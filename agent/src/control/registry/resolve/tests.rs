@@ -1,4 +1,5 @@
-//! Tests of the conflict resolution, also against a reference that compares all pairs.
+//! Tests of the conflict resolution. Some tests compare it with a reference that compares all
+//! pairs.
 
 #![allow(clippy::unwrap_used)]
 
