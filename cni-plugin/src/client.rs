@@ -52,7 +52,7 @@ fn open(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
 }
 
 /// Opens the file of the socket (`O_PATH`), which must belong to root or to the user of this
-/// process: no other user may receive a pod's namespace or choose a pod's addresses.
+/// process, because no other user may receive a pod's namespace or choose a pod's addresses.
 ///
 /// The function does not use the credentials of the listener (SO_PEERCRED): rustix refuses the
 /// process id 0, which the agent has if the runtime is in another PID namespace.
@@ -69,7 +69,7 @@ fn open_trusted_file(path: &Path) -> io::Result<OwnedFd> {
     Ok(file)
 }
 
-/// Connects to the socket of an open file, also if its path now names another file.
+/// Connects to the socket of an open file, even if its path now names another file.
 fn connect_to(file: &OwnedFd, timeout: Duration) -> io::Result<UnixStream> {
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     for direction in [Timeout::Send, Timeout::Recv] {
