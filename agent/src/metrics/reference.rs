@@ -27,18 +27,22 @@ fn reference(families: &[MetricFamily]) -> String {
     for (title, note, chosen) in [
         (
             "Data plane",
-            "Absent while no data process answers.",
+            "These metrics are absent while no data process answers.",
             is_dataplane_metric as fn(&str) -> bool,
         ),
-        ("Peers", "Only with `metrics.per_peer`: there are series for each peer.", is_peer_metric),
+        (
+            "Peers",
+            "These metrics exist only with `metrics.per_peer`. Each peer has its own series.",
+            is_peer_metric,
+        ),
         ("Agent", "", is_agent_metric),
-        ("Pods", "Only with `cni.enabled`.", is_pods_metric),
+        ("Pods", "These metrics exist only with `cni.enabled`.", is_pods_metric),
         (
             "Firewall",
-            "Drop counters are absent while there is no nftables table.",
+            "The drop counters are absent while there is no nftables table.",
             is_firewall_metric,
         ),
-        ("Kubernetes", "Only with `kubernetes.enabled`.", is_kubernetes_metric),
+        ("Kubernetes", "These metrics exist only with `kubernetes.enabled`.", is_kubernetes_metric),
     ] {
         let note = if note.is_empty() { String::new() } else { format!("{note}\n\n") };
         let rows = families.iter().filter(|family| chosen(family.name()));
