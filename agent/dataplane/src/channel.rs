@@ -72,7 +72,7 @@ impl KeeperChannel {
                 Ok((queues, offload, notes.collect()))
             }
             (Answer::Refused { kind, message }, _) => Err(SetupError::Refused { kind, message }),
-            _ => Err(unexpected().into()),
+            _ => Err(unrelated_answer().into()),
         }
     }
 
@@ -86,7 +86,7 @@ impl KeeperChannel {
         match (answer, descriptors.pop()) {
             (Answer::Listener, Some(listener)) => Ok(listener.into()),
             (Answer::Refused { message, .. }, _) => Err(io::Error::other(message)),
-            _ => Err(unexpected()),
+            _ => Err(unrelated_answer()),
         }
     }
 
@@ -99,7 +99,7 @@ impl KeeperChannel {
     }
 }
 
-fn unexpected() -> io::Error {
+fn unrelated_answer() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, "the keeper's answer belongs to another request")
 }
 

@@ -51,7 +51,7 @@ impl CleanupReport {
 /// [`Failure::InUse`] if an agent holds the lock of the state directory; nothing is removed then.
 pub async fn cleanup(config: &Config, state: bool) -> Result<CleanupReport, Failure> {
     let lock = match config.state_dir.is_dir() {
-        true => Some(StateLock::take(&config.state_dir)?),
+        true => Some(StateLock::acquire(&config.state_dir)?),
         false => None,
     };
     let mut cleaned = CleanupReport::default();

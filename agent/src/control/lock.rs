@@ -26,7 +26,7 @@ impl StateLock {
     /// # Errors
     /// [`Failure::InUse`] if another agent holds the lock; another [`Failure`] if the directory
     /// cannot be used.
-    pub fn take(state_dir: &Path) -> Result<Self, Failure> {
+    pub fn acquire(state_dir: &Path) -> Result<Self, Failure> {
         let shown = state_dir.display();
         let failed = |error| Failure::io(format!("cannot use the state directory {shown}"), error);
         create_private_dir(state_dir).map_err(failed)?;
@@ -91,12 +91,12 @@ mod tests {
     fn second_agent_with_same_state_directory_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         let state = directory.path().join("state");
-        let lock = StateLock::take(&state).unwrap();
-        let error = StateLock::take(&state).unwrap_err();
+        let lock = StateLock::acquire(&state).unwrap();
+        let error = StateLock::acquire(&state).unwrap_err();
         assert!(matches!(error, Failure::InUse(_)));
         assert!(error.to_string().contains(&std::process::id().to_string()), "{error}");
         drop(lock);
-        StateLock::take(&state).unwrap().remove().unwrap();
+        StateLock::acquire(&state).unwrap().remove().unwrap();
         assert!(!state.join("lock").exists());
     }
 }

@@ -103,7 +103,7 @@ pub async fn take_role(
     if let Some(lock) = start.lock.take() {
         return Ok(role(StateLock::of(lock, state_dir)?, Listeners::default(), true));
     }
-    match StateLock::take(state_dir) {
+    match StateLock::acquire(state_dir) {
         Err(Failure::InUse(_)) if start.takes_over() => {}
         lock => return Ok(role(lock?, Listeners::default(), false)),
     }
@@ -122,7 +122,7 @@ pub async fn take_role(
             Ok(None) => {}
             Err(error) => tracing::warn!(%error, "running agent does not hand over"),
         }
-        match StateLock::take(state_dir) {
+        match StateLock::acquire(state_dir) {
             Err(Failure::InUse(_)) => tokio::time::sleep(CHECK_INTERVAL).await,
             lock => return Ok(role(lock?, listeners, true)),
         }
@@ -179,11 +179,11 @@ impl<'a> Candidate<'a> {
     async fn obstacle(&mut self) -> Result<Option<String>, Failure> {
         match agent_client::status::<Running>(&self.config.control.socket).await {
             Ok(running) => self.running = Some(running),
-            // The running agent has just ended: its last state counts until this agent has the
+            // The running agent has just ended. Its last state counts until this agent has the
             // role.
             Err(_) if self.running.is_some() => {}
-            // The running agent ended before the request: this start is an ordinary one.
-            Err(_) if StateLock::take(&self.config.state_dir).is_ok() => return Ok(None),
+            // The running agent ended before the request, so that this start is an ordinary start.
+            Err(_) if StateLock::acquire(&self.config.state_dir).is_ok() => return Ok(None),
             Err(error) => return Ok(Some(format!("the running agent does not answer: {error}"))),
         }
         if let Some(instance) = self.instance

@@ -194,20 +194,20 @@ impl Simulation {
         let other_key = self.engines[1 - node].public_key();
         match step % 14 {
             0 | 1 => {
-                if let Some((to, datagram)) = self.take() {
+                if let Some((to, datagram)) = self.next_datagram() {
                     self.deliver(to, datagram);
                 }
             }
-            2 => drop(self.take()),
+            2 => drop(self.next_datagram()),
             3 => {
-                if let Some((to, mut datagram)) = self.take() {
+                if let Some((to, mut datagram)) = self.next_datagram() {
                     change(&mut datagram, input);
                     self.deliver(to, datagram);
                 }
             }
             // The sender knows the receiver's public key.
             4 => {
-                if let Some((to, mut datagram)) = self.take() {
+                if let Some((to, mut datagram)) = self.next_datagram() {
                     change(&mut datagram, input);
                     repair_mac1(&self.engines[to].public_key(), &mut datagram);
                     self.deliver(to, datagram);
@@ -271,7 +271,8 @@ impl Simulation {
         self.collect();
     }
 
-    fn take(&mut self) -> Option<(usize, Vec<u8>)> {
+    /// Removes the oldest datagram from the wire, and keeps a copy for replays.
+    fn next_datagram(&mut self) -> Option<(usize, Vec<u8>)> {
         let taken = self.wire.pop_front()?;
         self.old.push(taken.clone());
         Some(taken)

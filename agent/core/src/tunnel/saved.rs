@@ -143,25 +143,26 @@ impl SavedSession {
     /// [`Session::new`](crate::tunnel::Session::new) checks them.
     pub fn from_bytes(bytes: &[u8; SAVED_LEN]) -> Option<Self> {
         let mut rest = bytes.as_slice();
-        let public_key = PublicKey::new(take(&mut rest)?);
-        let secrets = TransportSecrets::new(take(&mut rest)?, take(&mut rest)?);
+        let public_key = PublicKey::new(read_array(&mut rest)?);
+        let secrets = TransportSecrets::new(read_array(&mut rest)?, read_array(&mut rest)?);
         let [epoch, local_index, remote_index] =
-            [take(&mut rest)?, take(&mut rest)?, take(&mut rest)?].map(u32::from_le_bytes);
-        let established = Duration::from_nanos(u64::from_le_bytes(take(&mut rest)?));
-        let timestamp = Timestamp::from_bytes(take(&mut rest)?);
-        let [cipher, local_lanes, remote_lanes, initiator] = take(&mut rest)?;
-        let [mtu, port] = [take(&mut rest)?, take(&mut rest)?].map(u16::from_le_bytes);
-        let ip = Ipv6Addr::from(take::<16>(&mut rest)?);
-        let family = take(&mut rest)?;
-        let scope = u32::from_le_bytes(take(&mut rest)?);
+            [read_array(&mut rest)?, read_array(&mut rest)?, read_array(&mut rest)?]
+                .map(u32::from_le_bytes);
+        let established = Duration::from_nanos(u64::from_le_bytes(read_array(&mut rest)?));
+        let timestamp = Timestamp::from_bytes(read_array(&mut rest)?);
+        let [cipher, local_lanes, remote_lanes, initiator] = read_array(&mut rest)?;
+        let [mtu, port] = [read_array(&mut rest)?, read_array(&mut rest)?].map(u16::from_le_bytes);
+        let ip = Ipv6Addr::from(read_array::<16>(&mut rest)?);
+        let family = read_array(&mut rest)?;
+        let scope = u32::from_le_bytes(read_array(&mut rest)?);
         let endpoint = match family {
             [0] => None,
             [4] => Some(SocketAddr::new(IpAddr::V4(ip.to_ipv4_mapped()?), port)),
             [6] => Some(SocketAddrV6::new(ip, port, 0, scope).into()),
             _ => return None,
         };
-        let [ecn] = take(&mut rest)?;
-        let told_mtu = u16::from_le_bytes(take(&mut rest)?);
+        let [ecn] = read_array(&mut rest)?;
+        let told_mtu = u16::from_le_bytes(read_array(&mut rest)?);
         let cipher = Cipher::from_number(cipher)?;
         let initiator = match initiator {
             0 => false,
@@ -188,7 +189,8 @@ impl SavedSession {
     }
 }
 
-fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
+/// Removes the first `N` bytes of `rest` and returns them. Returns `None` if `rest` is shorter.
+fn read_array<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
     let (head, tail) = rest.split_first_chunk()?;
     *rest = tail;
     Some(*head)

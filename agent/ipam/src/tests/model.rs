@@ -61,7 +61,7 @@ impl Model {
         later.or_else(oldest).copied()
     }
 
-    fn take(&mut self, who: u8, host: u8, namespace: Option<u64>) {
+    fn insert_lease(&mut self, who: u8, host: u8, namespace: Option<u64>) {
         self.freed.remove(&host);
         self.leases.insert(who, (host, namespace));
     }
@@ -142,7 +142,7 @@ fn run(steps: Vec<Step>) {
                 if let Some((old, _)) = before.filter(|(old, _)| *old != wanted) {
                     model.freed.insert(old, now);
                 }
-                model.take(who, wanted, before.and_then(|(_, namespace)| namespace));
+                model.insert_lease(who, wanted, before.and_then(|(_, namespace)| namespace));
                 lease.netns.clone_from(&result.as_ref().unwrap().netns);
                 assert_eq!(host(&result.unwrap()), wanted);
             }
@@ -176,7 +176,7 @@ fn run(steps: Vec<Step>) {
                 });
                 assert_eq!(given, expected);
                 if let (Ok(host), None) = (given, model.leases.get(&who)) {
-                    model.take(who, host, Some(namespace));
+                    model.insert_lease(who, host, Some(namespace));
                     model.cursor = if asked.is_none() { Some(host) } else { model.cursor };
                 }
             }
