@@ -266,7 +266,7 @@ mod tests {
             let reasons = readiness.reasons();
             reasons.len() == 1 && reasons[0].contains(part)
         };
-        // Another process listens at the path: its socket stays.
+        // Another process listens at the path, so that its socket stays.
         fs::remove_file(&path).unwrap();
         let other = std::os::unix::net::UnixListener::bind(&path).unwrap();
         eventually("another listener is reported", || not_ready("another agent listens")).await;

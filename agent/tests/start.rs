@@ -234,8 +234,8 @@ fn status_needs_root_or_agent_user() {
         let open = |path: &Path| std::fs::set_permissions(path, Permissions::from_mode(0o755));
         open(node.directory.path()).unwrap();
         let program = node.path("agent");
-        // Another program makes the copy: a file that this process has open for writing cannot be
-        // executed (ETXTBSY).
+        // Another program makes the copy, because a file that this process has open for writing
+        // cannot be executed (ETXTBSY).
         assert!(finish(Command::new("cp").arg(AGENT).arg(&program)).unwrap().status.success());
         open(&program).unwrap();
         let mut status = Command::new("setpriv");

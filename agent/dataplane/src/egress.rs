@@ -383,7 +383,7 @@ fn runs_of_family(batch: &EgressBatch, v4: bool) -> impl Iterator<Item = GsoBatc
 }
 
 /// Reports drops of a send to the tap. The sender's counters do not name the GSO batch, so the
-/// destination is reported only if all GSO batches have the same one.
+/// destination is reported only if all GSO batches have the same destination.
 #[cold]
 fn report_unsent(lane: &LaneContext, before: &DropCounts, now: &DropCounts, runs: &[GsoBatch<'_>]) {
     let destination = runs.first().map(|run| run.destination);

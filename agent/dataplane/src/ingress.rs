@@ -48,7 +48,7 @@ pub(super) struct Ingress {
     /// Tables whose sessions are in `sessions`.
     adopted: Arc<Tables>,
     /// Receiver index of the last datagram with its index in `sessions`. Consecutive datagrams
-    /// usually have the same one.
+    /// usually have the same receiver index.
     last: Option<(u32, usize)>,
     /// Last inner flow whose source and destination were valid: peer, source, destination.
     checked: Option<(PeerId, IpAddr, IpAddr)>,

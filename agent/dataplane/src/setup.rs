@@ -31,7 +31,8 @@ use super::tap::Tap;
 pub(super) struct ProcessHandles {
     pub(super) to_manager: ToManagerQueue,
     pub(super) tap: Arc<Tap>,
-    /// Channel to the keeper; `None` if no process continues with the descriptors after this one.
+    /// Channel to the keeper; `None` if no process continues with the descriptors after this
+    /// process.
     pub(super) keeper: Option<Arc<KeeperChannel>>,
 }
 

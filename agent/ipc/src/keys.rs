@@ -104,7 +104,8 @@ impl PrivateKey {
         // The capacity suffices for the text and a line end, because a string that grows leaves a
         // copy.
         let mut text = Zeroizing::new(String::with_capacity(64));
-        // `encode_string` keeps an unwiped buffer on its stack; `encode_slice` writes to this one.
+        // `encode_string` keeps an unwiped buffer on its stack. `encode_slice` writes to the wiped
+        // buffer `encoded`.
         let mut encoded = Box::new(Zeroizing::new([0; 44]));
         if BASE64.encode_slice(self.as_bytes(), &mut **encoded).is_ok() {
             text.push_str(std::str::from_utf8(&**encoded).unwrap_or_default());

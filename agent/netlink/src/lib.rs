@@ -1,7 +1,7 @@
 //! Network configuration of the host: links, addresses, routes, neighbours, sysctls and nftables,
 //! by rtnetlink, /proc/sys and the program `nft`.
 //!
-//! Operations are idempotent: they compare the kernel's state with the wanted state and change only
+//! Operations are idempotent. They compare the kernel's state with the wanted state and change only
 //! what differs. Objects of Skein are identified by marks that the kernel stores: the alias of an
 //! interface, the protocol number of a route.
 

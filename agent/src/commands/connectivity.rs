@@ -152,7 +152,8 @@ pub(crate) fn probe(arguments: &ProbeArgs) -> Result<(), Failure> {
 /// Returns a random number, or 0 if the system has no random numbers.
 fn rand() -> u32 {
     let mut bytes = [0; 4];
-    // Not secret: the number distinguishes two tests, and probers start with different targets.
+    // The number is not secret. It distinguishes two tests, and probers start with different
+    // targets.
     let _ = aws_lc_rs::rand::fill(&mut bytes);
     u32::from_be_bytes(bytes)
 }

@@ -17,7 +17,8 @@ const DAY: Duration = Duration::from_secs(86_400);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct KeyRotation {
-    /// Age at which the key is rotated; `None`: only `skein-agent rotate-key` starts a rotation.
+    /// Age at which the key is rotated. With `None`, only `skein-agent rotate-key` starts a
+    /// rotation.
     #[serde(rename(deserialize = "every_days"), deserialize_with = "days")]
     pub every: Option<Duration>,
     /// Time that other nodes get to read this node's record before the next stage.

@@ -14,9 +14,10 @@ pub struct Kubernetes {
     pub enabled: bool,
     /// Kubeconfig file with cluster and user; `None`: cluster and service account of this pod.
     pub kubeconfig: Option<PathBuf>,
-    /// Interface whose addresses are published as endpoints; `None`: the Node's InternalIPs.
+    /// Interface whose addresses are published as endpoints. `None` means the Node's InternalIPs.
     pub endpoint_interface: Option<String>,
-    /// Key of the taint that is removed from the Node once pods have a network; `None`: no taint.
+    /// Key of the taint that is removed from the Node once pods have a network. `None` if no taint
+    /// is removed.
     pub not_ready_taint: Option<String>,
 }
 

@@ -65,7 +65,8 @@ impl Client {
         let peer = stream.peer_cred()?;
         // The listener receives the node's private key.
         check_listener(peer.uid())?;
-        // From the kernel: the data process may be in another PID namespace, in which case it is 0.
+        // The process id comes from the kernel. It is 0 if the data process is in another PID
+        // namespace.
         let pid = peer.pid().and_then(|pid| u32::try_from(pid).ok());
         let mut client = Self {
             stream,

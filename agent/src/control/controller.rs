@@ -55,8 +55,8 @@ const COALESCE_DELAY: Duration = Duration::from_millis(20);
 /// what this start has created. A later error makes the agent unready and is retried every
 /// [`RESYNC_INTERVAL`].
 ///
-/// Each change of the node records passes to the data process first, then to the routes: a route to
-/// an unknown peer would lose packets.
+/// Each change of the node records passes to the data process first, then to the routes, because a
+/// route to an unknown peer would lose packets.
 pub(super) struct Controller {
     config: Config,
     rotation: Rotation,

@@ -210,7 +210,7 @@ async fn refuse_kept_prefixes(config: &Config, stored: Option<&Stored>) -> Resul
     let kept = stored.and_then(|stored| stored.unreachable_prefixes(config));
     let Some(kept) = kept else { return Ok(()) };
     let netlink = Netlink::connect().map_err(netlink_failure)?;
-    // Existing routes stay: they may belong to the records that are read next.
+    // Existing routes stay, because they may belong to the records that are read next.
     let outcome = netlink.add_unreachable_routes(&kept).await;
     outcome.errors.iter().for_each(|error| tracing::error!("{error}"));
     log_changes(&outcome);

@@ -191,8 +191,8 @@ impl RawRecord {
     }
 }
 
-/// Logs the endpoints of a record that are left out if one of them is new: every change of any
-/// record reads all records again.
+/// Logs the endpoints of a record that are left out if one of them is new, because every change of
+/// any record reads all records again.
 fn log_refused(node: &str, refused: &[(&str, EndpointError)]) {
     /// Maximum number of nodes whose endpoints are remembered.
     const MAX_NODES: usize = 4096;

@@ -290,7 +290,7 @@ impl Registry {
     }
 
     /// Stores the active records in the state directory. The first call follows the start of the
-    /// agent: a start that fails must not count as an earlier process. An error is logged.
+    /// agent, because a start that fails must not count as an earlier process. An error is logged.
     pub fn write_store(&self) {
         let stored = Stored {
             source: self.source.name(),

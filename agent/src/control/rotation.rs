@@ -76,7 +76,7 @@ pub struct NodeKeys<'a> {
 /// operator; [`Rotation::step`] every few seconds, after each change of the node records, and at
 /// [`Rotation::deadline`]. After each call the caller compares [`Rotation::public`] with its
 /// earlier value, even after an error, and passes changed keys to the data process. The state on
-/// disk always counts: after a failed step the keys are read again.
+/// disk always counts, so that after a failed step the keys are read again.
 #[derive(Debug)]
 pub struct Rotation {
     path: PathBuf,

@@ -106,7 +106,7 @@ impl Requests {
     }
 }
 
-/// Returns no name: no record comes from an API server.
+/// Returns an empty path, because no record comes from an API server.
 pub(super) fn path(_: &str) -> PathBuf {
     PathBuf::new()
 }

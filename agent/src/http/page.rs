@@ -1,10 +1,9 @@
 //! Status page: the content of `skein-agent status` for a browser. The page is read-only and
 //! contains no secret.
 //!
-//! There is no login: every client that reaches the listener can read. Scripts of other sites in
-//! the reader's browser cannot: no CORS header allows them, and a request whose host is not an IP
-//! address,
-//! `localhost` or the node's name is refused (DNS rebinding).
+//! There is no login, so that every client that reaches the listener can read. Scripts of other
+//! sites in the reader's browser cannot: no CORS header allows them, and a request whose host is
+//! not an IP address, `localhost` or the node's name is refused (DNS rebinding).
 
 mod peers;
 

@@ -182,8 +182,8 @@ pub fn open_queues(
     Ok((open, offload, fallbacks))
 }
 
-/// Returns the queue of a descriptor that another process opened and passed to this one. `name` is
-/// used in errors and not checked.
+/// Returns the queue of a descriptor that another process opened and passed to this process. `name`
+/// is used in errors and not checked.
 ///
 /// # Errors
 /// [`TunError::Io`] if the `tun` crate refuses the descriptor.

@@ -1,4 +1,4 @@
-//! GsoBatches of sealed datagrams: consecutive datagrams to one destination that one UDP_SEGMENT
+//! GSO batches of sealed datagrams: consecutive datagrams to one destination that one UDP_SEGMENT
 //! message can carry.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};

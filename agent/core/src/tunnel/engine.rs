@@ -33,7 +33,7 @@ const NO_COOKIE_RATE: Rate = Rate { per_second: 64, burst: 64 };
 /// Rate limit of initiations with a cookie, for each source address or endpoint of a peer.
 const PER_SOURCE_RATE: Rate = Rate { per_second: 8, burst: 16 };
 /// Rate limit of initiations with a cookie from addresses that are no peer's endpoint, all
-/// together: one sender may receive at very many addresses.
+/// together, because one sender may receive at very many addresses.
 const NON_PEER_RATE: Rate = Rate { per_second: 64, burst: 64 };
 /// Rate limit of handshakes that one key of a peer starts. Each makes new tables for the lanes, and
 /// may change the path MTU.

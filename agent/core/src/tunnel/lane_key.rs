@@ -60,7 +60,7 @@ impl Sender {
     ) -> Result<usize, DropReason> {
         let length = plaintext.len() + OVERHEAD;
         let Some(out) = out.get_mut(..length) else { return Err(DropReason::SealFailed) };
-        // Relaxed ordering suffices: two datagrams must only get different numbers.
+        // Relaxed ordering suffices, because two datagrams must only get different numbers.
         let counter = self.counter.fetch_add(1, Ordering::Relaxed);
         if counter >= self.limit {
             return Err(DropReason::CounterExhausted);

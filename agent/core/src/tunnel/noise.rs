@@ -2,9 +2,9 @@
 //! and the primitives of aws-lc.
 //!
 //! The suite is always `Noise_IK_25519_ChaChaPoly_SHA256`. Its AEAD is independent of the cipher
-//! for data, which both nodes negotiate: two messages every two minutes do not justify a second
-//! suite. Only the handshake of snow is used. Keys for data are derived from the split; counters,
-//! replay windows and rekeying are Skein's own.
+//! for data, which both nodes negotiate, because two messages every two minutes do not justify a
+//! second suite. Only the handshake of snow is used. Keys for data are derived from the split;
+//! counters, replay windows and rekeying are Skein's own.
 //!
 //! snow does not wipe its handshake states, from whose chaining key the keys of a session follow.
 //! [`State`] therefore overwrites them.

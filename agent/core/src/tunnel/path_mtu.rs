@@ -90,8 +90,8 @@ impl PathMtu {
         (self.plpmtu < self.max_plpmtu).then_some(self.plpmtu)
     }
 
-    /// Returns true if the next padded ping needs a short reference ping: the first one got no
-    /// answer.
+    /// Returns true if the first padded ping of a size got no answer. The next padded ping then
+    /// needs a short reference ping.
     pub(crate) fn needs_reference(&self) -> bool {
         self.probe.as_ref().is_some_and(|probe| probe.probe_ids.len() > 1)
     }
@@ -218,7 +218,7 @@ impl PathMtu {
         self.largest_acked = 0;
         if self.plpmtu < self.max_plpmtu {
             if self.raise_at <= now {
-                // The first search has just ended: its result needs no repetition.
+                // The first search has just ended, so that its result needs no repetition.
                 let is_due = self.raise_at > Duration::ZERO;
                 self.raise_at = now + PMTU_RAISE_TIMER;
                 if is_due {

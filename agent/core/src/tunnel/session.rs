@@ -158,8 +158,8 @@ impl Session {
 
     /// Stores one more than the highest counter accepted on a lane
     /// ([`ReplayWindow::next_counter`](crate::ReplayWindow::next_counter)). Call this method before
-    /// the packets of the datagram are handed on: a process that restores the session must not
-    /// accept the datagram again.
+    /// the packets of the datagram are handed on, because a process that restores the session must
+    /// not accept the datagram again.
     #[inline]
     pub fn set_next_counter(&self, lane: u8, next: u64) {
         if let Some(slot) = &self.slot {

@@ -39,8 +39,8 @@ pub(crate) const PING_RETRY_INTERVAL: Duration = Duration::from_millis(250);
 /// Interval of pings to a peer that answers and to which data is sent. They measure the round-trip
 /// time.
 pub(crate) const RTT_PING_INTERVAL: Duration = Duration::from_secs(10);
-/// Time since the last data sent after which a session counts as idle: no more pings or probes are
-/// sent.
+/// Time since the last data sent after which a session counts as idle, so that no more pings or
+/// probes are sent.
 pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(15);
 /// Time without an answer after which a peer counts as unreachable. Two ticks and the publication
 /// of the state follow, so that an operator knows within 5 s.

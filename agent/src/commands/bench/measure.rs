@@ -126,7 +126,7 @@ impl Server<'_> {
         while start.elapsed() < self.time {
             match socket.send(&[0; MESSAGE_BYTES]) {
                 Ok(_) => sent.packets += 1,
-                // A queue of this machine is full: the datagram was not sent.
+                // A queue of this machine is full, so that the datagram was not sent.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
                 Err(error) => return Err(error.into()),

@@ -137,7 +137,7 @@ impl Drop for Screen {
 }
 
 fn restore(stdout: &mut Stdout) {
-    // Errors are ignored: the terminal may be closed.
+    // Errors are ignored, because the terminal may be closed.
     let _ = execute!(stdout, cursor::Show, terminal::LeaveAlternateScreen);
     let _ = terminal::disable_raw_mode();
 }

@@ -44,7 +44,8 @@ pub(super) fn spec(
         Some(addresses) => addresses.to_vec(),
         None => internal_ips(node),
     };
-    // Addresses without a listener of Skein count as well: other programs of the cluster use them.
+    // Addresses without a listener of Skein count as well, because other programs of the cluster
+    // use them.
     let all = candidates.iter().copied().chain(internal_ips(node));
     check_outside(all, &config.cluster_cidrs).map_err(|error| {
         format!("an address of the Node: {error} The chart's values are podCidr and podCidrv6.")

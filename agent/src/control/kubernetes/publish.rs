@@ -59,7 +59,7 @@ pub(super) async fn publish(agent: AgentView, client: Client, mut state: watch::
                     tracing::warn!(error = text, "cannot write to the API server");
                     logged_error = Some(text);
                 }
-                // A changed state is tried at once: the API server may accept it.
+                // A changed state is tried at once, because the API server may accept it.
                 tokio::select! {
                     changed = state.changed() => if changed.is_err() { return },
                     () = tokio::time::sleep(waits.next().unwrap_or_default()) => {}

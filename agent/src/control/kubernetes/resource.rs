@@ -67,8 +67,8 @@ pub struct SkeinNodeSpec {
     #[schemars(length(max = 44), regex(pattern = r"^[A-Za-z0-9+/]{43}=$"))]
     pub public_key: String,
     /// Next or previous public key during a key rotation. Other nodes accept both keys.
-    // The field is also written as null: a server-side apply that omits it would keep the value of
-    // another field manager.
+    // The field is also written as null, because a server-side apply that omits it would keep the
+    // value of another field manager.
     #[schemars(length(max = 44), regex(pattern = r"^[A-Za-z0-9+/]{43}=$"))]
     pub second_public_key: Option<String>,
     /// Underlay addresses and UDP ports of the node, in the order of attempts. An IPv6 address is

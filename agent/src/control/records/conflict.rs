@@ -141,8 +141,8 @@ impl<'a, S: Copy + Ord> Conflicts<'a, S> {
         Some(Conflict { between: (at_a.0.0, at_b.0.0), key: None, message })
     }
 
-    /// Finds an endpoint inside a prefix: its datagrams would enter the overlay that they carry.
-    /// The prefixes must be disjoint.
+    /// Finds an endpoint inside a prefix. Datagrams to this endpoint would enter the overlay that
+    /// they carry. The prefixes must be disjoint.
     fn first_endpoint_in_prefix(&mut self) -> Option<Conflict<S>> {
         for prefix in self.new_prefixes.drain(..) {
             if self.prefixes.contains_key(&prefix) {

@@ -26,8 +26,8 @@ pub(super) struct LocalNode {
     pub(super) pod_cidrs: Option<Vec<IpNet>>,
     /// Prefixes that contain the pod CIDRs of all nodes; empty for no restriction.
     pub(super) cluster_cidrs: Vec<IpNet>,
-    /// Name of this node's record if the agent writes it itself (Kubernetes): it wins over any
-    /// other record. `None` if an operator writes it to a file.
+    /// Name of this node's record if the agent writes it itself (Kubernetes). This record wins over
+    /// any other record. `None` if an operator writes it to a file.
     pub(super) record: Option<PathBuf>,
 }
 

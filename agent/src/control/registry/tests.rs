@@ -309,7 +309,7 @@ fn start_without_source_uses_last_good_records() {
     assert!(error.contains("Create the directory"), "{error}");
 }
 
-/// Earlier releases kept endpoints that this one refuses.
+/// Earlier releases kept endpoints that this release refuses.
 #[test]
 fn refused_kept_endpoints_leave_the_other_records() {
     let lab = Lab::new();

@@ -23,7 +23,7 @@ fn dead_peer_is_detected_within_5_s_and_recovers() {
     let took = lab.run_until(secs(6), |lab| {
         lab.state(0, 1) == PeerState::Established && lab.state(1, 0) == PeerState::Established
     });
-    // The session is still valid: the next packet suffices.
+    // The session is still valid, so that the next packet suffices.
     assert!(took <= ms(1100), "{took:?}");
 }
 

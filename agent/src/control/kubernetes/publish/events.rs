@@ -39,8 +39,8 @@ struct ReportedEvent {
 
 /// Writer of events of this node's Node.
 pub(super) struct EventWriter {
-    /// Core API of Events, as kubelet uses it: the newer API (events.k8s.io) requires different
-    /// namespaces for cluster-scoped objects in different versions of Kubernetes.
+    /// Core API of Events, as kubelet uses it, because the newer API (events.k8s.io) requires
+    /// different namespaces for cluster-scoped objects in different versions of Kubernetes.
     events: Api<Event>,
     agent: AgentView,
     unready_since: Option<Instant>,
