@@ -121,8 +121,8 @@ drop_reasons! {
     TunWrite => Ingress, "tun_write";
     /// The queue to the session manager was full, or one session sent too many control messages.
     ManagerQueue => Ingress, "manager_queue";
-    /// Malformed handshake message, wrong mac1, failed decryption, unknown handshake index, or no
-    /// cipher in common.
+    /// The handshake message is malformed, has a wrong mac1 or an unknown handshake index, cannot be
+    /// decrypted, or has no cipher in common with this node.
     HandshakeInvalid => Ingress, "handshake_invalid";
     /// No node record has the public key of the handshake's sender.
     HandshakeUnknownPeer => Ingress, "handshake_unknown_peer";
@@ -153,7 +153,7 @@ impl Direction {
     }
 }
 
-/// Drop counters by reason, without atomics. A worker adds them to its shared counters once per
+/// Drop counters by reason, without atomics. A lane adds them to its shared counters once per
 /// batch.
 #[derive(Debug, Clone)]
 pub struct DropCounts([u64; DropReason::ALL.len()]);

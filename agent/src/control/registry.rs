@@ -113,7 +113,7 @@ impl Registry {
         let (files, source_error) = match (source.read(), &last_good) {
             (Ok(files), _) => (files, None),
             (Err(error), Some(stored)) => {
-                tracing::warn!(source = %shown, %error, "cannot read the node records, using the last good ones");
+                tracing::warn!(source = %shown, %error, "cannot read the node records, using the last valid records");
                 let files = stored.iter().map(|(path, good)| (path.clone(), Ok(good.clone())));
                 (files.collect(), Some(error))
             }
@@ -173,7 +173,7 @@ impl Registry {
             Err(error) => {
                 if self.source_error.as_ref() != Some(&error) {
                     tracing::error!(source = %self.source.name().display(), %error,
-                        "cannot read the node records, the active ones stay");
+                        "cannot read the node records, the active records stay");
                     self.source_error = Some(error);
                 }
                 return false;
@@ -302,13 +302,13 @@ impl Registry {
             accept_ra_restored: self.accept_ra_restored,
         };
         if let Err(error) = stored.write(&self.store) {
-            tracing::warn!(path = %self.store.display(), %error, "cannot store the last good records");
+            tracing::warn!(path = %self.store.display(), %error, "cannot store the last valid records");
         }
     }
 }
 
 fn log_rejected(path: &Path, error: &str) {
-    tracing::error!(file = %path.display(), error, "node records refused, the last good ones stay active");
+    tracing::error!(file = %path.display(), error, "node records refused, the last valid records stay active");
 }
 
 #[cfg(test)]

@@ -131,7 +131,7 @@ impl Rotation {
             Ok((public, current, second)) => {
                 (self.public, self.current, self.second) = (public, current, second);
             }
-            Err(error) => tracing::error!(%error, "cannot read the keys, the active ones stay"),
+            Err(error) => tracing::error!(%error, "cannot read the keys, the active keys stay"),
         }
     }
 

@@ -8,7 +8,7 @@ const WORD_BITS: u64 = u64::BITS as u64;
 /// Record of the counters that were received in one session and lane.
 ///
 /// The record is a ring of 64-bit words. Moving the window clears whole words and never shifts. The
-/// window belongs to the one worker that receives the lane, so that nothing is shared. Its size is
+/// window belongs to the one thread that receives the lane, so that nothing is shared. Its size is
 /// 520 bytes.
 #[derive(Debug, Clone)]
 pub struct ReplayWindow {

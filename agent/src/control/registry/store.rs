@@ -56,7 +56,7 @@ impl Stored {
         let stored = serde_json::from_slice::<Self>(&bytes).inspect_err(|error| {
             let error = error.to_string();
             let error = message_excerpt(&error);
-            tracing::warn!(path = %store.display(), %error, "cannot parse the last good records");
+            tracing::warn!(path = %store.display(), %error, "cannot parse the last valid records");
         });
         let mut stored = stored.ok()?;
         stored.leave_out_unusable();
