@@ -8,9 +8,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use skein_core::drop::{Direction, DropReason};
 use skein_ipc::{DirectionReport, DropReport, LaneReport, Report};
 
-/// Maximum number of samples; the oldest one is removed first. At one report every two seconds they
-/// cover 320 s.
-const MAX_SAMPLES: usize = 160;
+/// Maximum number of samples; the oldest one is removed first. At one report per second they cover
+/// 319 s.
+const MAX_SAMPLES: usize = 320;
 
 /// Names of the numbers in a [`Sample`]. All but the first two are totals since the data process's
 /// start.
@@ -108,6 +108,7 @@ fn sample(time_ms: u64, report: &Report) -> Sample {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::supervisor::HEARTBEAT_INTERVAL;
 
     fn report(packets: u64) -> Report {
         let mut lane = LaneReport { receive_queue_overflow: 2, ..LaneReport::default() };
@@ -147,6 +148,15 @@ mod tests {
         assert_eq!(history.since(0).len(), MAX_SAMPLES);
         assert_eq!(history.since(499 * 2000).len(), 1);
         assert_eq!(history.since(500 * 2000).len(), 0);
+    }
+
+    #[test]
+    fn samples_cover_the_five_minutes_of_the_charts() {
+        let history = CounterRing::default();
+        let interval_ms = HEARTBEAT_INTERVAL.as_secs() * 1000;
+        (1..=1000).for_each(|n| history.push_at(n * interval_ms, &report(n)));
+        let samples = history.since(0);
+        assert!(samples[samples.len() - 1][0] - samples[0][0] >= 300_000);
     }
 
     #[test]

@@ -28,7 +28,7 @@ const START_STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// Interval between two attempts to connect to a data process that does not listen yet.
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 /// Interval between two heartbeats: requests for a report of the data process.
-const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
+pub(super) const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
 /// Interval between requests for the handshakes' timestamps, which are then written to the disk.
 const HANDSHAKES_INTERVAL: Duration = Duration::from_secs(60);
 /// Maximum number of restarts of a data process that never applied a snapshot. The start of the
