@@ -272,7 +272,7 @@ fn firewall(facts: &Facts, steps: &mut Steps) {
             "Skein's nftables table is missing: skein-agent status shows the reason".to_owned(),
         ),
         _ if !pods => {
-            add(Note, "Skein has no rules, because it does not serve pods (cni.enabled)".to_owned())
+            add(Note, "Skein has no rules for pods, because cni.enabled is false".to_owned())
         }
         _ if own => add(Good, "packets of this node itself are not forwarded".to_owned()),
         _ => {
