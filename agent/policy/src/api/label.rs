@@ -25,9 +25,16 @@ pub struct LabelSelector {
     pub match_expressions: Vec<Requirement>,
 }
 
+impl LabelSelector {
+    /// Returns whether the selector matches every object.
+    pub fn is_empty(&self) -> bool {
+        self.match_labels.is_empty() && self.match_expressions.is_empty()
+    }
+}
+
 /// A condition on the label `key`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "RawRequirement")]
+#[serde(try_from = "RawRequirement", into = "RawRequirement")]
 pub struct Requirement {
     /// Key of the label.
     pub key: String,
@@ -36,7 +43,7 @@ pub struct Requirement {
 }
 
 /// Condition on the value of a label.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Operator {
     /// The label exists, and its value is one of these.
     In(BTreeSet<String>),
@@ -48,13 +55,25 @@ pub enum Operator {
     DoesNotExist,
 }
 
-#[derive(Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawRequirement {
     key: String,
     operator: String,
     #[serde(default, deserialize_with = "null_as_default")]
     values: BTreeSet<String>,
+}
+
+impl From<Requirement> for RawRequirement {
+    fn from(requirement: Requirement) -> Self {
+        let (operator, values) = match requirement.operator {
+            Operator::In(values) => ("In", values),
+            Operator::NotIn(values) => ("NotIn", values),
+            Operator::Exists => ("Exists", BTreeSet::new()),
+            Operator::DoesNotExist => ("DoesNotExist", BTreeSet::new()),
+        };
+        Self { key: requirement.key, operator: operator.to_owned(), values }
+    }
 }
 
 impl TryFrom<RawRequirement> for Requirement {

@@ -8,8 +8,9 @@ use super::label::Labels;
 use super::parsed::{Parsed, null_as_default};
 use super::port::Protocol;
 
-/// Name and labels of an object.
+/// Name, labels and identity of an object.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct ObjectMeta {
     /// Name of the object.
     pub name: String,
@@ -19,6 +20,13 @@ pub struct ObjectMeta {
     /// Labels of the object.
     #[serde(default, deserialize_with = "null_as_default")]
     pub labels: Labels,
+    /// Identity of the object; a later object with the same name has another one. Empty if the
+    /// object does not come from an API server.
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub uid: String,
+    /// Version of the object; empty if it does not come from an API server.
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub resource_version: String,
 }
 
 /// A namespace with its labels.

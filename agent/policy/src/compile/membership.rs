@@ -20,6 +20,7 @@ pub(crate) fn elements(inventory: &Inventory, set: &Set) -> BTreeSet<Element> {
         SetKey::Nodes(selectors) => {
             let selected = inventory
                 .nodes()
+                .values()
                 .filter(|node| selectors.iter().any(|selector| matches(selector, &node.labels)));
             let addresses = selected.flat_map(|node| &node.addresses).copied();
             addresses.filter(|address| of_family(*address)).map(Element::Address).collect()

@@ -36,6 +36,12 @@ pub fn compile(inventory: &Inventory, families: Families) -> Program {
             install(&mut program, interface, direction, &profile);
         }
     }
+    for interface in inventory.accepted() {
+        for direction in [Direction::Ingress, Direction::Egress] {
+            let profile = Profile::compile(&ProfileKey::without_policies(direction), families);
+            install(&mut program, interface, direction, &profile);
+        }
+    }
     for (name, set) in &program.sets {
         let elements = elements(inventory, set);
         if !elements.is_empty() {

@@ -34,6 +34,11 @@ impl ProfileKey {
         Self::with(inventory, pod, direction, policies)
     }
 
+    /// Returns the key of a pod to which no policy applies.
+    pub(crate) fn without_policies(direction: Direction) -> Self {
+        Self { direction, policies: Vec::new(), ports: BTreeSet::new() }
+    }
+
     /// Returns the key of a pod to which `policies` apply.
     pub(crate) fn with(
         inventory: &Inventory,

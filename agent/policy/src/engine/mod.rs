@@ -13,9 +13,11 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::api::{ClusterNetworkPolicy, Defect, Namespace, NetworkPolicy, Node, Pod};
-use crate::compile::{Families, Profile, ProfileKey, elements, pod_elements, quarantine, sort};
-use crate::model::{Direction, Inventory, PodId, Policy, PolicyId, TermIndex};
+use crate::api::{ClusterNetworkPolicy, Defect, Labels, Namespace, NetworkPolicy, Node, Pod};
+use crate::compile::{
+    Families, Profile, ProfileKey, applicable, elements, pod_elements, quarantine, sort,
+};
+use crate::model::{Direction, Inventory, NodeInfo, PodId, PodInfo, Policy, PolicyId, TermIndex};
 use crate::program::{Difference, Element, Program, SetKey};
 
 use self::record::Record;
@@ -73,6 +75,12 @@ impl Engine {
         &self.program
     }
 
+    /// Returns the policies that apply to a pod of this node in a direction, in the order of
+    /// evaluation; `None` while the pod or its namespace is not known.
+    pub fn policies_of(&self, pod: &PodId, direction: Direction) -> Option<Vec<Arc<Policy>>> {
+        applicable(&self.inventory, pod, direction)
+    }
+
     /// Returns the changes since the last call.
     pub fn take_difference(&mut self) -> Difference {
         std::mem::take(&mut self.record).difference(&self.program)
@@ -80,25 +88,34 @@ impl Engine {
 
     /// Adds or replaces a pod.
     pub fn upsert_pod(&mut self, pod: &Pod) {
-        let metadata = &pod.metadata;
-        let id = PodId { namespace: metadata.namespace.clone(), name: metadata.name.clone() };
-        let mut addresses: BTreeSet<_> = pod.addresses().collect();
-        addresses.extend(self.addresses_of(&id));
-        self.around(&addresses, |inventory| inventory.upsert_pod(pod));
-        self.refresh_pod(&id);
+        self.set_pod(&PodId::of(pod), PodInfo::of(pod));
     }
 
     /// Removes a pod.
     pub fn remove_pod(&mut self, id: &PodId) {
-        let addresses = self.addresses_of(id).collect();
-        self.around(&addresses, |inventory| inventory.remove_pod(id));
+        self.set_pod(id, None);
+    }
+
+    /// Adds, replaces or removes a pod by its properties.
+    pub fn set_pod(&mut self, id: &PodId, info: Option<PodInfo>) {
+        if self.inventory.pod(id) == info.as_ref() {
+            return;
+        }
+        let mut addresses: BTreeSet<_> =
+            info.iter().flat_map(|info| info.addresses.iter().copied()).collect();
+        addresses.extend(self.addresses_of(id));
+        self.around(&addresses, |inventory| inventory.set_pod(id.clone(), info));
         self.refresh_pod(id);
     }
 
     /// Adds or replaces a namespace.
     pub fn upsert_namespace(&mut self, namespace: &Namespace) {
-        let name = &namespace.metadata.name;
-        self.change_namespace(name, |inventory| inventory.upsert_namespace(namespace));
+        self.set_namespace(&namespace.metadata.name, &namespace.metadata.labels);
+    }
+
+    /// Adds or replaces a namespace by its properties.
+    pub fn set_namespace(&mut self, name: &str, labels: &Labels) {
+        self.change_namespace(name, |inventory| inventory.set_namespace(name, labels));
     }
 
     /// Removes a namespace.
@@ -108,7 +125,12 @@ impl Engine {
 
     /// Adds or replaces a node.
     pub fn upsert_node(&mut self, node: &Node) {
-        self.inventory.upsert_node(node);
+        self.set_node(node.metadata.name.clone(), NodeInfo::of(node));
+    }
+
+    /// Adds or replaces a node by its properties.
+    pub fn set_node(&mut self, name: String, info: NodeInfo) {
+        self.inventory.set_node(name, info);
         self.refill(|key| matches!(key, SetKey::Nodes(_)));
     }
 
@@ -143,6 +165,14 @@ impl Engine {
         defects
     }
 
+    /// Adds or replaces a resolved policy, for example one that was stored.
+    pub fn set_policy(&mut self, policy: Policy) {
+        let id = policy.id.clone();
+        let old = self.inventory.policy(&id).cloned();
+        self.inventory.set_policy(Arc::new(policy));
+        self.change_policy(&id, old);
+    }
+
     /// Removes a policy.
     pub fn remove_policy(&mut self, id: &PolicyId) {
         let old = self.inventory.policy(id).cloned();
@@ -155,6 +185,15 @@ impl Engine {
     pub fn attach(&mut self, interface: &str, pod: PodId) {
         self.inventory.attach(interface, pod);
         self.refresh(interface);
+    }
+
+    /// Assigns an interface to an unknown pod of this node to which no policy applies. All its
+    /// traffic is accepted until the next call for the interface.
+    pub fn accept(&mut self, interface: &str) {
+        self.inventory.accept(interface);
+        for direction in DIRECTIONS {
+            self.assign(interface, direction, Some(ProfileKey::without_policies(direction)));
+        }
     }
 
     /// Removes the interface of a pod.
@@ -221,7 +260,7 @@ impl Engine {
         {
             // The keys of profiles compare policies by pointer. The old object must stay, because
             // equal policies in two objects would have two profiles.
-            self.inventory.restore_policy(Arc::clone(old));
+            self.inventory.set_policy(Arc::clone(old));
             return;
         }
         let subject = |policy: &Option<Arc<Policy>>| policy.as_ref()?.subject.clone();
@@ -264,19 +303,24 @@ impl Engine {
         let Some(pod) = self.inventory.interfaces().get(interface).cloned() else { return };
         for direction in DIRECTIONS {
             let key = self.key(&pod, direction);
-            let place = (interface.to_owned(), direction);
-            if self.assigned.get(&place) == Some(&key) {
-                continue;
-            }
-            // The new profile is added first, so that objects of both profiles stay.
-            let verdicts = match &key {
-                Some(key) => self.retain(key),
-                None => (quarantine().entry, None),
-            };
-            self.record.assign(&mut self.program, interface, direction, Some(verdicts));
-            if let Some(Some(old)) = self.assigned.insert(place, key) {
-                self.release(&old);
-            }
+            self.assign(interface, direction, key);
+        }
+    }
+
+    /// Assigns a profile to an interface; quarantine if there is no key.
+    fn assign(&mut self, interface: &str, direction: Direction, key: Option<ProfileKey>) {
+        let place = (interface.to_owned(), direction);
+        if self.assigned.get(&place) == Some(&key) {
+            return;
+        }
+        // The new profile is added first, so that objects of both profiles stay.
+        let verdicts = match &key {
+            Some(key) => self.retain(key),
+            None => (quarantine().entry, None),
+        };
+        self.record.assign(&mut self.program, interface, direction, Some(verdicts));
+        if let Some(Some(old)) = self.assigned.insert(place, key) {
+            self.release(&old);
         }
     }
 

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
 use crate::api::{
     ClusterNetworkPolicy, Defect, Labels, Namespace, NetworkPolicy, Node, Pod, Protocol,
@@ -16,7 +17,7 @@ use super::resolve::{resolve_cluster_policy, resolve_network_policy};
 use super::selector::namespace_labels;
 
 /// Namespace and name of a pod.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PodId {
     /// Namespace of the pod.
     pub namespace: String,
@@ -28,11 +29,13 @@ pub struct PodId {
 pub type NamedPort = (String, Protocol, u16);
 
 /// A pod with addresses of its own.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodInfo {
     /// Labels, shared by pods with the same labels.
+    #[serde(with = "shared")]
     pub labels: Arc<Labels>,
     /// Named ports, shared by pods with the same ports.
+    #[serde(with = "shared")]
     pub ports: Arc<BTreeSet<NamedPort>>,
     /// All addresses that the pod reports. If several pods report an address, the pod that started
     /// last owns it ([`Inventory::owner`]).
@@ -42,12 +45,66 @@ pub struct PodInfo {
 }
 
 /// A node: its labels and addresses.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeInfo {
     /// Labels for selectors of nodes.
     pub labels: Labels,
     /// Addresses, including overlay addresses.
     pub addresses: Vec<IpAddr>,
+}
+
+impl PodId {
+    /// Returns the name of a pod object.
+    pub fn of(pod: &Pod) -> Self {
+        let metadata = &pod.metadata;
+        Self { namespace: metadata.namespace.clone(), name: metadata.name.clone() }
+    }
+}
+
+impl PodInfo {
+    /// Returns the properties of a pod object; `None` for a pod on the host's network and for a pod
+    /// that has ended.
+    pub fn of(pod: &Pod) -> Option<Self> {
+        if !pod.is_on_pod_network() {
+            return None;
+        }
+        let named = pod
+            .ports()
+            .filter_map(|port| Some((port.name.clone()?, port.protocol, port.container_port)));
+        Some(Self {
+            labels: Arc::new(pod.metadata.labels.clone()),
+            ports: Arc::new(named.collect()),
+            addresses: pod.addresses().collect(),
+            started: pod.status.start_time.clone(),
+        })
+    }
+}
+
+impl NodeInfo {
+    /// Returns the properties of a node object.
+    pub fn of(node: &Node) -> Self {
+        Self { labels: node.metadata.labels.clone(), addresses: node.addresses().collect() }
+    }
+}
+
+/// Serialization of shared values as plain values.
+mod shared {
+    use std::sync::Arc;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<T: Serialize, S: Serializer>(
+        value: &Arc<T>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        T::serialize(value, serializer)
+    }
+
+    pub(super) fn deserialize<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Arc<T>, D::Error> {
+        T::deserialize(deserializer).map(Arc::new)
+    }
 }
 
 /// Objects of the cluster, and pods of this node with their interfaces.
@@ -60,6 +117,8 @@ pub struct Inventory {
     nodes: BTreeMap<String, NodeInfo>,
     pod_networks: Vec<AddressRange>,
     interfaces: BTreeMap<String, PodId>,
+    /// Interfaces of pods to which no policy applies.
+    accepted: BTreeSet<String>,
     policies: BTreeMap<PolicyId, Arc<Policy>>,
     labels: Interner<Labels>,
     ports: Interner<BTreeSet<NamedPort>>,
@@ -68,9 +127,12 @@ pub struct Inventory {
 impl Inventory {
     /// Adds or replaces a namespace.
     pub fn upsert_namespace(&mut self, namespace: &Namespace) {
-        let metadata = &namespace.metadata;
-        let labels = namespace_labels(&metadata.name, &metadata.labels);
-        self.namespaces.insert(metadata.name.clone(), labels);
+        self.set_namespace(&namespace.metadata.name, &namespace.metadata.labels);
+    }
+
+    /// Adds or replaces a namespace by its properties.
+    pub fn set_namespace(&mut self, name: &str, labels: &Labels) {
+        self.namespaces.insert(name.to_owned(), namespace_labels(name, labels));
     }
 
     /// Removes a namespace.
@@ -80,21 +142,15 @@ impl Inventory {
 
     /// Adds or replaces a pod. A pod on the host's network and a pod that has ended are removed.
     pub fn upsert_pod(&mut self, pod: &Pod) {
-        let metadata = &pod.metadata;
-        let id = PodId { namespace: metadata.namespace.clone(), name: metadata.name.clone() };
+        self.set_pod(PodId::of(pod), PodInfo::of(pod));
+    }
+
+    /// Adds, replaces or removes a pod.
+    pub fn set_pod(&mut self, id: PodId, info: Option<PodInfo>) {
         self.remove_pod(&id);
-        if !pod.is_on_pod_network() {
-            return;
-        }
-        let named = pod
-            .ports()
-            .filter_map(|port| Some((port.name.clone()?, port.protocol, port.container_port)));
-        let info = PodInfo {
-            labels: self.labels.intern(metadata.labels.clone()),
-            ports: self.ports.intern(named.collect()),
-            addresses: pod.addresses().collect(),
-            started: pod.status.start_time.clone(),
-        };
+        let Some(mut info) = info else { return };
+        info.labels = self.labels.intern(info.labels);
+        info.ports = self.ports.intern(info.ports);
         for address in &info.addresses {
             self.claims.entry(*address).or_default().insert(id.clone());
         }
@@ -116,9 +172,12 @@ impl Inventory {
 
     /// Adds or replaces a node.
     pub fn upsert_node(&mut self, node: &Node) {
-        let labels = node.metadata.labels.clone();
-        let info = NodeInfo { labels, addresses: node.addresses().collect() };
-        self.nodes.insert(node.metadata.name.clone(), info);
+        self.set_node(node.metadata.name.clone(), NodeInfo::of(node));
+    }
+
+    /// Adds or replaces a node by its properties.
+    pub fn set_node(&mut self, name: String, info: NodeInfo) {
+        self.nodes.insert(name, info);
     }
 
     /// Removes a node.
@@ -142,12 +201,12 @@ impl Inventory {
     fn insert_policy(&mut self, resolved: (Policy, Vec<Defect>)) -> (PolicyId, Vec<Defect>) {
         let (policy, defects) = resolved;
         let id = policy.id.clone();
-        self.policies.insert(id.clone(), Arc::new(policy));
+        self.set_policy(Arc::new(policy));
         (id, defects)
     }
 
-    /// Puts back a policy that has been replaced by an equal one.
-    pub(crate) fn restore_policy(&mut self, policy: Arc<Policy>) {
+    /// Adds or replaces a resolved policy.
+    pub(crate) fn set_policy(&mut self, policy: Arc<Policy>) {
         self.policies.insert(policy.id.clone(), policy);
     }
 
@@ -165,11 +224,19 @@ impl Inventory {
 
     /// Assigns the host's end of a pod's link to a pod of this node.
     pub fn attach(&mut self, interface: &str, pod: PodId) {
+        self.accepted.remove(interface);
         self.interfaces.insert(interface.to_owned(), pod);
+    }
+
+    /// Assigns the host's end of a pod's link to an unknown pod to which no policy applies.
+    pub fn accept(&mut self, interface: &str) {
+        self.interfaces.remove(interface);
+        self.accepted.insert(interface.to_owned());
     }
 
     /// Removes an interface of a pod.
     pub fn detach(&mut self, interface: &str) {
+        self.accepted.remove(interface);
         self.interfaces.remove(interface);
     }
 
@@ -207,9 +274,9 @@ impl Inventory {
         known.max_by(|(a, first), (b, second)| (&first.started, a).cmp(&(&second.started, b)))
     }
 
-    /// Returns all nodes.
-    pub fn nodes(&self) -> impl Iterator<Item = &NodeInfo> {
-        self.nodes.values()
+    /// Returns all nodes by name.
+    pub fn nodes(&self) -> &BTreeMap<String, NodeInfo> {
+        &self.nodes
     }
 
     /// Returns the addresses of pods: the pod CIDRs without the excluded addresses.
@@ -217,9 +284,14 @@ impl Inventory {
         &self.pod_networks
     }
 
-    /// Returns the interfaces of this node's pods.
+    /// Returns the interfaces of this node's pods, without the accepted ones.
     pub fn interfaces(&self) -> &BTreeMap<String, PodId> {
         &self.interfaces
+    }
+
+    /// Returns the interfaces of pods to which no policy applies.
+    pub fn accepted(&self) -> &BTreeSet<String> {
+        &self.accepted
     }
 
     /// Returns a policy of either kind.
@@ -248,7 +320,7 @@ impl<T> Default for Interner<T> {
 }
 
 impl<T: Eq + std::hash::Hash> Interner<T> {
-    fn intern(&mut self, value: T) -> Arc<T> {
+    fn intern(&mut self, value: Arc<T>) -> Arc<T> {
         if let Some(present) = self.values.get(&value) {
             return Arc::clone(present);
         }
@@ -256,7 +328,6 @@ impl<T: Eq + std::hash::Hash> Interner<T> {
             self.values.retain(|value| Arc::strong_count(value) > 1);
             self.sweep_at = (self.values.len() * 2).max(64);
         }
-        let value = Arc::new(value);
         self.values.insert(Arc::clone(&value));
         value
     }

@@ -1,12 +1,14 @@
 //! Policies with resolved selectors, of both kinds in one form.
 
+use serde::{Deserialize, Serialize};
+
 use crate::api::{LabelSelector, PortRange, Protocol};
 use crate::ranges::AddressRange;
 
 use super::selector::PodTerm;
 
 /// Direction of traffic, from the pod's point of view.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Direction {
     /// Traffic to the pod.
     Ingress,
@@ -15,7 +17,7 @@ pub enum Direction {
 }
 
 /// Kind and name of a policy.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum PolicyId {
     /// A NetworkPolicy in its namespace.
     NetworkPolicy {
@@ -43,7 +45,7 @@ impl std::fmt::Display for PolicyId {
 }
 
 /// Tier of a policy, in the order of evaluation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Tier {
     /// ClusterNetworkPolicies of the tier Admin, with their priority.
     Admin(u16),
@@ -54,7 +56,7 @@ pub enum Tier {
 }
 
 /// A policy of either kind.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Policy {
     /// Kind and name of the policy.
     pub id: PolicyId,
@@ -79,7 +81,7 @@ impl Policy {
 }
 
 /// A rule. Rules of a NetworkPolicy accept.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rule {
     /// Position of the rule in the object's list.
     pub index: usize,
@@ -94,7 +96,7 @@ pub struct Rule {
 }
 
 /// Verdict of a rule.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Action {
     /// Accepts the traffic in this direction.
     Accept,
@@ -105,7 +107,7 @@ pub enum Action {
 }
 
 /// The union of a rule's peers, in canonical form.
-#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Peers {
     /// True if every peer is selected, inside and outside the cluster. The other fields are empty
     /// then.
@@ -161,7 +163,7 @@ impl Peers {
 }
 
 /// Protocols and destination ports of a rule.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Ports {
     /// Every protocol, including protocols without ports.
     Any,
@@ -170,7 +172,7 @@ pub enum Ports {
 }
 
 /// An entry of a list of ports.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum PortSpec {
     /// All ports of a protocol.
     Protocol(Protocol),

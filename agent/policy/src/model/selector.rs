@@ -1,10 +1,12 @@
 //! Evaluation of label selectors.
 
+use serde::{Deserialize, Serialize};
+
 use crate::api::{LabelSelector, Labels, METADATA_NAME, Operator};
 use crate::model::{Mutation, mutated};
 
 /// A selection of pods by namespace and labels.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PodTerm {
     /// Namespaces of the pods.
     pub namespaces: NamespaceScope,
@@ -13,7 +15,7 @@ pub struct PodTerm {
 }
 
 /// A selection of namespaces.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum NamespaceScope {
     /// The namespace with this name.
     Named(String),
@@ -24,8 +26,8 @@ pub enum NamespaceScope {
 impl PodTerm {
     /// Returns whether the term selects every pod of every namespace.
     pub fn is_all(&self) -> bool {
-        matches!(&self.namespaces, NamespaceScope::Labelled(selector) if is_empty(selector))
-            && is_empty(&self.pods)
+        matches!(&self.namespaces, NamespaceScope::Labelled(selector) if selector.is_empty())
+            && self.pods.is_empty()
     }
 
     /// Returns the name of the namespace if the term is about one namespace.
@@ -56,10 +58,6 @@ impl PodTerm {
             }
         }
     }
-}
-
-fn is_empty(selector: &LabelSelector) -> bool {
-    selector.match_labels.is_empty() && selector.match_expressions.is_empty()
 }
 
 /// Returns whether a selector selects an object with these labels.

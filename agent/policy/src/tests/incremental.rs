@@ -27,6 +27,7 @@ pub(super) enum Step {
     ClusterPolicy(u8, Value),
     RemoveClusterPolicy(u8),
     Attach(usize, u8, usize),
+    Accept(usize),
     Detach(usize),
     Networks(bool),
 }
@@ -45,6 +46,7 @@ pub(super) fn step() -> impl Strategy<Value = Step> {
         4 => (0..3_u8, cluster_policy()).prop_map(|(name, one)| Step::ClusterPolicy(name, one)),
         2 => (0..3_u8).prop_map(Step::RemoveClusterPolicy),
         6 => (0..4_usize, 0..6_u8, 0..3_usize).prop_map(|(at, pod, ns)| Step::Attach(at, pod, ns)),
+        1 => (0..4_usize).prop_map(Step::Accept),
         1 => (0..4_usize).prop_map(Step::Detach),
         1 => any::<bool>().prop_map(Step::Networks),
     ]
@@ -89,6 +91,7 @@ pub(super) fn take(engine: &mut Engine, step: Step) {
         Step::Attach(at, pod, namespace) => {
             engine.attach(&interface(at), pod_id(pod, namespace));
         }
+        Step::Accept(at) => engine.accept(&interface(at)),
         Step::Detach(at) => engine.detach(&interface(at)),
         Step::Networks(all) => {
             let networks = POD_NETWORKS.map(|net| net.parse().unwrap());
