@@ -11,7 +11,7 @@ use skein_ipc::instance::Instance;
 
 use crate::commands::{
     ConfigArgs, SampleArgs, bench, capture, check, connectivity, generate, hold, key, peers,
-    service, status, sysdump, top, trace,
+    policy, service, status, sysdump, top, trace,
 };
 #[cfg(feature = "kubernetes")]
 use crate::commands::{print, uninstall};
@@ -111,6 +111,8 @@ enum Command {
     #[cfg(feature = "kubernetes")]
     #[command(hide = true)]
     Probe(connectivity::ProbeArgs),
+    /// List network policies, show those of a pod, or check files with policies
+    Policy(policy::PolicyArgs),
     /// Collect state, logs and network configuration in one archive for support, without secrets
     Sysdump(sysdump::SysdumpArgs),
     /// Remove the interface, the sockets, and a data process that still runs
@@ -212,6 +214,7 @@ pub fn main() -> Result<(), Failure> {
         Command::ConnectivityTest(arguments) => connectivity::connectivity(&arguments),
         #[cfg(feature = "kubernetes")]
         Command::Probe(arguments) => connectivity::probe(&arguments),
+        Command::Policy(arguments) => policy::policy(&arguments),
         Command::Sysdump(arguments) => sysdump::sysdump(&arguments),
         Command::Cleanup { config, state } => service::clean(&config, state),
         Command::Health(arguments) => service::health(&arguments),

@@ -11,6 +11,7 @@ mod interface;
 mod key_rotation;
 mod kubernetes;
 mod parse;
+mod policy;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests;
@@ -34,6 +35,7 @@ pub(crate) use self::interface::DEFAULT_INTERFACE;
 pub use self::interface::Interface;
 pub use self::key_rotation::KeyRotation;
 pub use self::kubernetes::Kubernetes;
+pub use self::policy::{Policy, PolicyMode};
 use crate::failure::Failure;
 use crate::logging::Log;
 
@@ -84,6 +86,8 @@ pub struct Config {
     pub cni: Cni,
     /// Protections of the pod network with nftables.
     pub firewall: Firewall,
+    /// Settings of network policies.
+    pub policy: Policy,
     /// Settings of the Kubernetes API.
     pub kubernetes: Kubernetes,
     /// Level and format of the log.

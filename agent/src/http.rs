@@ -51,6 +51,7 @@ async fn metrics_page(State(source): State<HttpSource>, headers: HeaderMap) -> R
     let report = reports.recent().await;
     // The values are cloned so that no lock is held while the counters are read.
     let (pods, firewall) = (pods.borrow().clone(), agent.firewall.borrow().clone());
+    let policy = agent.policy.borrow().clone();
     let input = metrics::Input {
         conflicts: agent.node.interface().conflicts.len(),
         report,
@@ -64,6 +65,10 @@ async fn metrics_page(State(source): State<HttpSource>, headers: HeaderMap) -> R
             Some(pods) => {
                 Some(metrics::Pods { requests: pods.requests(), usage: pods.usage().await })
             }
+            None => None,
+        },
+        policy: match policy {
+            Some(policy) => Some(policy.metrics().await),
             None => None,
         },
         firewall: match firewall {

@@ -20,4 +20,6 @@ pub mod lifecycle;
 pub mod listener;
 pub mod logging;
 pub mod metrics;
+pub mod policy;
 pub mod status;
+pub mod watch;

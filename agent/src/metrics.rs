@@ -5,6 +5,7 @@
 
 mod family;
 mod firewall;
+mod policy;
 
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ use skein_ipc::{
 
 use self::family::{Family, Kind};
 pub use self::firewall::Firewall;
+use crate::policy::PolicyMetrics;
 use crate::status::{DataplaneStatus, RegistryStatus, RotationStatus, Stage};
 
 /// Input of a scrape.
@@ -43,6 +45,8 @@ pub struct Input {
     pub pods: Option<Pods>,
     /// State of the nftables table; `None` before the first attempt to install it.
     pub firewall: Option<Firewall>,
+    /// State of the network policies; `None` if the policies have no effect.
+    pub policy: Option<PolicyMetrics>,
 }
 
 /// Requests and address usage of pods.
@@ -75,6 +79,9 @@ fn families(input: &Input) -> Vec<MetricFamily> {
     }
     if let Some(firewall) = &input.firewall {
         families.extend(firewall::families(firewall, input.pods.is_some()));
+    }
+    if let Some(policy) = &input.policy {
+        families.extend(policy::families(policy));
     }
     if let Some(report) = &input.report {
         families.extend(traffic(report));

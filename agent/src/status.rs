@@ -10,6 +10,8 @@ use std::time::Duration;
 use skein_ipc::{CapabilityState, DirectionReport, LaneReport, PeerReport, PeerState, Report};
 use skein_netlink::firewall::reconciler::FirewallStatus;
 
+use crate::policy::PolicyStatus;
+
 pub use self::document::{
     DataplaneStatus, Document, InterfaceStatus, Offer, PeerConflict, RegistryStatus, RejectedFile,
     RotationStatus, Stage,
@@ -94,6 +96,7 @@ fn header(now: &Document) -> String {
         ));
     }
     lines.extend(firewall(&now.firewall));
+    lines.extend(now.policy.iter().flat_map(policy));
     let records = &now.records;
     lines.push(("node records", format!("{} from {}", records.accepted, records.source.display())));
     lines.extend(records.source_error.iter().map(|error| ("  unreadable", error.clone())));
@@ -113,6 +116,31 @@ fn firewall(firewall: &FirewallStatus) -> Vec<(&'static str, String)> {
     let mut lines = vec![("firewall", state)];
     lines.extend(firewall.closed.iter().map(|chain| ("  closed", chain.clone())));
     lines.extend(firewall.unknown.iter().map(|chain| ("  unknown", chain.clone())));
+    lines
+}
+
+/// Returns the lines about network policies.
+fn policy(policy: &PolicyStatus) -> Vec<(&'static str, String)> {
+    let mode = policy.mode.as_str();
+    let state = match (policy.active, policy.complete) {
+        (false, _) => format!("{mode}, not enforced"),
+        (true, false) => format!("{mode}, stored policies: the source has not answered yet"),
+        (true, true) => mode.to_owned(),
+    };
+    let changed = policy
+        .last_commit_age_seconds
+        .map(|seconds| format!(", last change {} ago", age(seconds)))
+        .unwrap_or_default();
+    let (policies, pods) = (policy.policies, policy.interfaces);
+    let mut lines = vec![(
+        "policy",
+        format!(
+            "{state}, policies: {policies}, pods: {pods}, revision {}{changed}",
+            policy.revision
+        ),
+    )];
+    lines.extend(policy.quarantined.iter().map(|pod| ("  quarantine", pod.clone())));
+    lines.extend(policy.errors.iter().map(|error| ("  error", error.clone())));
     lines
 }
 

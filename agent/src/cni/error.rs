@@ -7,6 +7,7 @@ use skein_netlink::NetlinkError;
 use thiserror::Error;
 
 use super::attach::AttachError;
+use crate::policy::CommitError;
 
 /// Error code of a CHECK that found differences. CNI leaves codes from 100 to plugins.
 const BROKEN: u32 = 100;
@@ -28,6 +29,8 @@ pub(super) enum Error {
     Broken(String),
     #[error("the agent has not read the pods and the firewall of this node yet: {0}")]
     NotPrepared(String),
+    #[error(transparent)]
+    Policy(#[from] CommitError),
     #[error("cannot remove a completed deletion from the spool: {0}")]
     Spool(String),
 }
@@ -47,7 +50,9 @@ impl Error {
             Error::Attach(AttachError::Exists(_) | AttachError::DefaultRoute) => {
                 ErrorCode::InvalidEnvironment as u32
             }
-            Error::Attach(_) | Error::NotPrepared(_) => ErrorCode::TryAgainLater as u32,
+            Error::Attach(_) | Error::NotPrepared(_) | Error::Policy(_) => {
+                ErrorCode::TryAgainLater as u32
+            }
             Error::Spool(_) => ErrorCode::Io as u32,
             Error::Namespace(_) => ErrorCode::UnknownContainer as u32,
             Error::OwnNamespace => ErrorCode::InvalidNetns as u32,

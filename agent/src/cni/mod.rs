@@ -39,8 +39,8 @@ pub(crate) use self::conflist::fuzz_conflist;
 use self::install::Install;
 use self::leases::Leases;
 pub use self::removal::{Removal, remove};
-pub use self::service::PodNetworkConfig;
 use self::service::Service;
+pub use self::service::{PodNetworkConfig, Protection};
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use self::versions::fuzz_answer;
 use crate::config::{Cni, Config};
@@ -84,7 +84,7 @@ impl Pods {
     pub async fn start(
         config: &Config,
         network: PodNetworkConfig,
-        firewall: Firewall,
+        protection: Protection,
         readiness: Readiness,
     ) -> Result<(Self, View), Failure> {
         let cni = config.cni.clone();
@@ -105,7 +105,7 @@ impl Pods {
             netlink,
             receiver.clone(),
             readiness.clone(),
-            firewall.clone(),
+            protection.clone(),
             spool,
         )?;
         let service = Arc::new(service);
@@ -113,7 +113,7 @@ impl Pods {
         let (offers, offer) = watch::channel(Offer::default());
         let mut reconciler = Reconciler {
             service: Arc::clone(&service),
-            firewall,
+            firewall: protection.firewall,
             network: receiver,
             readiness,
             not_ready: None,
@@ -236,6 +236,7 @@ impl Reconciler {
                 Err(error) => errors.push(error),
             }),
         }
+        errors.extend(self.service.report_attachments().await.err());
         if errors.is_empty() {
             self.service.prepared.store(true, Ordering::Release);
         }

@@ -1,6 +1,7 @@
 //! Processing of the plugin's commands, and reconciliation of leases with interfaces.
 
 mod deletion;
+mod policy;
 
 use std::fs;
 use std::io;
@@ -31,6 +32,7 @@ use super::metrics::{Outcome, Requests, verb};
 use super::pending::PendingDeletions;
 use super::server::{Handler, refusal};
 use crate::lifecycle::Readiness;
+use crate::policy::PolicyService;
 
 /// Properties of the node that its pods depend on.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -43,6 +45,15 @@ pub struct PodNetworkConfig {
     pub reserved: Vec<IpAddr>,
     /// `cluster_cidrs`, or the pod CIDRs of all other nodes if none are configured.
     pub others: Vec<IpNet>,
+}
+
+/// Protections that pods need before their links exist.
+#[derive(Debug, Clone)]
+pub struct Protection {
+    /// The firewall.
+    pub firewall: Firewall,
+    /// Service of network policies; `None` if the policies have no effect.
+    pub policy: Option<PolicyService>,
 }
 
 /// Service of the plugin's commands.
@@ -58,7 +69,9 @@ pub(super) struct Service {
     pub(super) netlink: Netlink,
     pub(super) network: watch::Receiver<PodNetworkConfig>,
     pub(super) readiness: Readiness,
-    firewall: Firewall,
+    protection: Protection,
+    /// True after the policy service has received all pods of this node.
+    is_policy_informed: AtomicBool,
     pub(super) requests: Requests,
     pub(super) pending: PendingDeletions,
     /// True after the first successful reconciliation with an installed firewall.
@@ -79,7 +92,7 @@ impl Service {
         netlink: Netlink,
         network: watch::Receiver<PodNetworkConfig>,
         readiness: Readiness,
-        firewall: Firewall,
+        protection: Protection,
         spool: PathBuf,
     ) -> anyhow::Result<Self> {
         Ok(Self {
@@ -88,7 +101,8 @@ impl Service {
             netlink,
             network,
             readiness,
-            firewall,
+            protection,
+            is_policy_informed: AtomicBool::new(false),
             requests: Requests::new()?,
             pending: PendingDeletions::new(spool),
             prepared: AtomicBool::new(false),
@@ -152,7 +166,13 @@ impl Service {
         };
         let node = NodeSide { mtu, addresses: &addresses };
         let (netlink, ips) = (&self.netlink, Vec::from_iter(lease.ips()));
-        let attached = self.attacher.attach(netlink, netns.as_fd(), &add.id, &ips, &node).await;
+        let attached = match self.enforce_policies(&lease).await {
+            Ok(()) => {
+                let attached = self.attacher.attach(netlink, netns.as_fd(), &add.id, &ips, &node);
+                attached.await.map_err(Error::from)
+            }
+            Err(error) => Err(error),
+        };
         match attached {
             Ok(attached) => {
                 if lease.netns.is_none() {
@@ -163,18 +183,19 @@ impl Service {
                 Ok(attached)
             }
             // The attachment existed before and may be in use: only a DEL removes it.
-            Err(error) if known.is_some_and(|known| known == lease) => Err(error.into()),
+            Err(error) if known.is_some_and(|known| known == lease) => Err(error),
             // Nothing was created: the existing interface may be in use by another program.
-            Err(error @ (AttachError::Exists(_) | AttachError::DefaultRoute)) => {
+            Err(error @ Error::Attach(AttachError::Exists(_) | AttachError::DefaultRoute)) => {
+                self.end_policies(&add.id).await;
                 self.leases.release(add.id.clone()).await?;
-                Err(error.into())
+                Err(error)
             }
             Err(error) => {
                 // Removes what was created; the address is released only if that succeeds.
                 if let Err(further) = self.detach(&add.id).await {
                     tracing::error!(error = %further, "cannot undo a failed attachment");
                 }
-                Err(error.into())
+                Err(error)
             }
         }
     }
@@ -191,6 +212,8 @@ impl Service {
             Ok(()) | Err(AttachError::Foreign { .. }) => {}
             Err(error) => return Err(error.into()),
         }
+        // The link is gone: no packet needs the entries any more.
+        self.end_policies(id).await;
         self.leases.release(id.clone()).await?;
         self.pending.on_released(id);
         Ok(())
@@ -219,7 +242,7 @@ impl Service {
             .extend(stray.map(|net| format!("the lease does not have the address {}", net.addr())));
         let (netlink, fd) = (&self.netlink, netns.as_fd());
         problems.extend(self.attacher.check(netlink, fd, &check.id, &ips).await?);
-        problems.extend(self.firewall.verify().await.err());
+        problems.extend(self.protection.firewall.verify().await.err());
         match problems.is_empty() {
             true => Ok(()),
             false => Err(Error::Broken(problems.join("; "))),
@@ -374,8 +397,8 @@ impl Service {
                 IpAddr::V6(v6) => lease.v6 = Some(v6),
             }
         }
-        self.leases.adopt(lease).await?;
-        Ok(())
+        let lease = self.leases.adopt(lease).await?;
+        self.enforce_policies(&lease).await
     }
 
     async fn repair(&self, kernel: &KernelSnapshot, lease: &Lease) -> Result<(), Error> {

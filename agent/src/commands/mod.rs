@@ -11,6 +11,7 @@ pub(crate) mod hold;
 pub(crate) mod key;
 pub(crate) mod packet;
 pub(crate) mod peers;
+pub(crate) mod policy;
 pub(crate) mod service;
 pub(crate) mod status;
 pub(crate) mod sysdump;

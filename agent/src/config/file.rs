@@ -6,6 +6,7 @@ use serde::Deserialize;
 use skein_ipc::OffloadSettings;
 
 use super::parse::cidrs;
+use super::policy::PolicyKeys;
 use super::underlay::{Underlay, UnderlayKeys};
 use super::{
     Cni, Config, Control, Dataplane, Firewall, Interface, Invalid, KeyRotation, Kubernetes,
@@ -38,6 +39,7 @@ pub(super) struct File {
     control: Control,
     cni: Cni,
     firewall: Firewall,
+    policy: PolicyKeys,
     kubernetes: Kubernetes,
     log: Log,
 }
@@ -62,6 +64,7 @@ impl Default for File {
             control: Control::default(),
             cni: Cni::default(),
             firewall: Firewall::default(),
+            policy: PolicyKeys::default(),
             kubernetes: Kubernetes::default(),
             log: Log::default(),
         }
@@ -99,6 +102,7 @@ impl File {
         let Underlay { settings: underlay, notes } = Underlay::try_from(self.underlay)?;
         check_outside(underlay.addresses.iter().copied(), &cluster_cidrs)
             .map_err(|error| Invalid(format!("underlay.addresses: {error}")))?;
+        let policy = self.policy.validate(self.cni.enabled, self.kubernetes.enabled)?;
         Ok(Config {
             name,
             cluster_id: self.cluster_id,
@@ -117,6 +121,7 @@ impl File {
             control: self.control,
             cni: self.cni,
             firewall: self.firewall,
+            policy,
             kubernetes: self.kubernetes,
             log: self.log,
             notes,

@@ -20,6 +20,7 @@ use tokio::net::UnixStream;
 use super::server::{
     ErrorBody, HAND_OVER_LINE, HAND_OVER_PROTOCOL, KeyRotationBody, LogLevelBody, REQUEST_TIMEOUT,
 };
+use crate::policy::report::{PodReport, PolicySummary};
 use crate::status::RotationStatus;
 
 /// Maximum length of an answer, bytes. The status of a node with 5000 peers has 4 MiB.
@@ -83,6 +84,26 @@ pub async fn rotate_key(path: &Path, at_once: bool) -> Result<RotationStatus, Ag
 pub async fn set_log_level(path: &Path, level: Option<&str>) -> Result<(), AgentError> {
     let body = LogLevelBody { level: level.map(str::to_owned) };
     request(path, Method::PUT, "/log/level", &body).await.map(drop)
+}
+
+/// Requests the policies that the agent that listens on `path` knows.
+///
+/// # Errors
+/// [`AgentError`] if the agent does not answer within [`REQUEST_TIMEOUT`], or if its policies have
+/// no effect.
+pub async fn policies(path: &Path) -> Result<Vec<PolicySummary>, AgentError> {
+    Ok(serde_json::from_slice(&request(path, Method::GET, "/policy", &()).await?)?)
+}
+
+/// Requests the policies of a pod of the agent's node. `pod` consists of letters, digits, `-`, `.`,
+/// `_` and `/`.
+///
+/// # Errors
+/// [`AgentError`] if the agent does not answer within [`REQUEST_TIMEOUT`], if its policies have no
+/// effect, or if the node has no such pod.
+pub async fn policies_of_pod(path: &Path, pod: &str) -> Result<Vec<PodReport>, AgentError> {
+    let resource = format!("/policy/pod?name={pod}");
+    Ok(serde_json::from_slice(&request(path, Method::GET, &resource, &()).await?)?)
 }
 
 /// Requests the hand-over from the agent that listens on `path`; returns the lock of the state

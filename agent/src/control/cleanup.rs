@@ -20,6 +20,7 @@ use super::rotation;
 use crate::cni;
 use crate::config::{Config, KEY};
 use crate::failure::Failure;
+use crate::policy;
 
 /// Timeout of the data process's exit after a shutdown request.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
@@ -64,6 +65,9 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<CleanupReport, Fail
         for removal in cni::remove(config).await {
             cleaned.add(&removal.what, removal.outcome);
         }
+        for (what, outcome) in policy::remove(config).await {
+            cleaned.add(&what, outcome);
+        }
         let socket = &config.cni.socket;
         cleaned.add(&format!("socket {}", socket.display()), remove_file(socket));
     }
@@ -102,6 +106,7 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<CleanupReport, Fail
             "clock.new",
             "handshakes.json",
             "handshakes.json.new",
+            "policy.json.new",
         ];
         for path in keys.into_iter().chain(others.map(|name| config.state_dir.join(name))) {
             cleaned.add(&format!("file {}", path.display()), remove_file(&path));

@@ -28,10 +28,11 @@ use super::source::RecordChanges;
 use super::supervisor::{self, Handle, ShutdownMode, Supervision};
 use super::underlay::UnderlayWatch;
 use super::view::Publication;
-use crate::cni::Pods;
+use crate::cni::{Pods, Protection};
 use crate::config::Config;
 use crate::failure::Failure;
 use crate::lifecycle::{NotReady, SignalEvent, Signals};
+use crate::policy::{self, PolicyService};
 use crate::status::PeerConflict;
 
 /// Interval of the reconciliation. It does not depend on notifications, because the kernel drops
@@ -74,6 +75,8 @@ pub(super) struct Controller {
     snapshots: tokio::sync::watch::Sender<Arc<Snapshot>>,
     supervisor: Handle,
     firewall: Firewall,
+    /// Service of network policies; `None` if `policy.mode` is off.
+    policy: Option<PolicyService>,
     _changes: JoinSet<()>,
     /// Service of the pods; `None` before its start, or if `cni.enabled` is off.
     pods: Option<Pods>,
@@ -137,6 +140,8 @@ impl Controller {
                 Err(error) => tracing::error!(table, %error, "nftables table not removed"),
             }
         }
+        let policy = policy::start(&config, &published.readiness).await?;
+        published.policy.send_replace(policy.clone());
         let wanted = desired.interface(&config, &[]);
         let interface = wanted.ensure_device(&netlink, &links).await.map_err(interface_failure)?;
         monitor.set_index(interface.index);
@@ -171,6 +176,7 @@ impl Controller {
             snapshots,
             supervisor,
             firewall,
+            policy,
             _changes: changes,
             pods: None,
             no_pods,
@@ -329,8 +335,9 @@ impl Controller {
         }
         let (network, readiness) =
             (self.desired.network(&self.config), self.published.readiness.clone());
-        let firewall = self.firewall.clone();
-        let (pods, view) = Pods::start(&self.config, network, firewall, readiness).await?;
+        let protection =
+            Protection { firewall: self.firewall.clone(), policy: self.policy.clone() };
+        let (pods, view) = Pods::start(&self.config, network, protection, readiness).await?;
         self.published.pods.send_replace(Some(view));
         self.pods = Some(pods);
         self.no_pods = None;

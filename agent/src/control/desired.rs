@@ -16,6 +16,7 @@ use super::registry::Registry;
 use super::rotation::NodeKeys;
 use crate::cni::PodNetworkConfig;
 use crate::config::Config;
+use crate::policy::PodNetworks;
 use crate::status::PeerConflict;
 
 /// Bytes that Skein adds to an inner packet over IPv4: IP (20), UDP (8), header (16), tag (16).
@@ -89,6 +90,16 @@ impl Desired {
             local: self.local_cidrs.clone(),
             reserved: self.addresses.clone(),
             others: cluster.unwrap_or_else(peers),
+        }
+    }
+
+    /// Returns the addresses that are pods'. The address of a node in its pod CIDR is not a pod's:
+    /// for this node the configured address, for peers the default one.
+    pub fn pod_networks(&self) -> PodNetworks {
+        let peers = self.peers.iter().flat_map(|peer| &peer.pod_cidrs).map(first_host);
+        PodNetworks {
+            networks: self.overlay.iter().copied().collect(),
+            excluded: self.addresses.iter().copied().chain(peers).collect(),
         }
     }
 

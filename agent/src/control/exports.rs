@@ -7,6 +7,7 @@ use super::kubernetes::Requests;
 use super::reports::Reports;
 use super::view::AgentView;
 use crate::cni;
+use crate::policy::PolicyService;
 use crate::status::Document;
 
 /// Source of the status document. Cheap to clone.
@@ -37,7 +38,7 @@ impl StatusSource {
     /// Returns the status document, with a fresh report of the data process.
     pub async fn document(&self) -> Document {
         let report = self.reports.request().await.ok();
-        let AgentView { config, readiness, node, dataplane, firewall } = &self.agent;
+        let AgentView { config, readiness, node, dataplane, firewall, policy } = &self.agent;
         let (reasons, key) = (readiness.reasons(), node.key());
         Document {
             node: config.name.clone(),
@@ -50,6 +51,7 @@ impl StatusSource {
             interface: node.interface(),
             records: node.registry(),
             firewall: firewall.borrow().as_ref().map(Firewall::status).unwrap_or_default(),
+            policy: policy.borrow().as_ref().map(PolicyService::status),
             dataplane: dataplane.get(),
             report,
             cni: self.pods.borrow().as_ref().map(cni::View::offer),

@@ -32,7 +32,6 @@ pub mod supervisor;
 pub mod takeover;
 mod underlay;
 pub mod view;
-pub mod watch;
 
 use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
@@ -59,11 +58,11 @@ use self::rotation::Rotation;
 use self::source::{RecordChanges, RecordSource};
 use self::takeover::{Listeners, Role, Start};
 use self::view::{AgentView, Publication};
-use self::watch::SourceWatch;
 use crate::config::{Config, Mode};
 use crate::failure::Failure;
 use crate::lifecycle::{NotReady, Readiness, Signals};
 use crate::listener::bind_tcp;
+use crate::watch::SourceWatch;
 
 /// Maximum wait until an agent that hands over has released its ports and sockets.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);

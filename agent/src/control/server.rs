@@ -4,6 +4,8 @@
 //! | request | body | answer |
 //! |---|---|---|
 //! | `GET /status` | | 200, [`Document`] |
+//! | `GET /policy` | | 200, list of [`PolicySummary`] |
+//! | `GET /policy/pod?name=POD` | | 200, list of [`PodReport`] |
 //! | `POST /key/rotation` | [`KeyRotationBody`] | 200, [`RotationStatus`] |
 //! | `PUT /log/level` | [`LogLevelBody`] | 204 |
 //! | `POST /hand-over` with `Upgrade: skein-hand-over` | | 101, then the descriptor of the lock |
@@ -17,8 +19,8 @@ use std::os::unix::net as std_net;
 use std::path::Path;
 use std::time::Duration;
 
-use axum::extract::rejection::JsonRejection;
-use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::extract::rejection::{JsonRejection, QueryRejection};
+use axum::extract::{DefaultBodyLimit, Query, Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
@@ -34,9 +36,13 @@ pub(super) use self::lines::HAND_OVER as HAND_OVER_LINE;
 use super::exports::StatusSource;
 use super::log_level::{LogLevelError, LogLevels};
 use super::rotation::{RotationError, RotationRequest, RotationSender};
+use crate::config::PolicyMode;
 use crate::connection::serve_request;
 use crate::failure::Failure;
 use crate::listener::Listener;
+use crate::policy::PolicyService;
+use crate::policy::report::{PodReport, PolicySummary};
+use crate::policy::source::ServiceEnded;
 use crate::status::{Document, RotationStatus};
 
 /// Timeout of a request and its answer.
@@ -97,6 +103,12 @@ impl From<RotationError> for ErrorAnswer {
             }
         };
         Self(status, error.to_string())
+    }
+}
+
+impl From<ServiceEnded> for ErrorAnswer {
+    fn from(error: ServiceEnded) -> Self {
+        Self(StatusCode::SERVICE_UNAVAILABLE, error.to_string())
     }
 }
 
@@ -173,6 +185,8 @@ fn router(service: Service) -> Router {
     };
     Router::new()
         .route("/status", get(status))
+        .route("/policy", get(policies))
+        .route("/policy/pod", get(policies_of_pod))
         .route("/key/rotation", post(rotate_key))
         .route("/log/level", put(set_log_level))
         .route("/hand-over", post(hand_over))
@@ -184,6 +198,30 @@ fn router(service: Service) -> Router {
 
 async fn status(State(service): State<Service>) -> Json<Document> {
     Json(service.status.document().await)
+}
+
+async fn policies(State(service): State<Service>) -> Result<Json<Vec<PolicySummary>>, ErrorAnswer> {
+    Ok(Json(service.policy()?.policies().await?))
+}
+
+/// Query of `GET /policy/pod`.
+#[derive(Debug, Deserialize)]
+struct PodQuery {
+    name: String,
+}
+
+async fn policies_of_pod(
+    State(service): State<Service>,
+    query: Result<Query<PodQuery>, QueryRejection>,
+) -> Result<Json<Vec<PodReport>>, ErrorAnswer> {
+    let Query(PodQuery { name }) =
+        query.map_err(|rejection| ErrorAnswer(rejection.status(), rejection.body_text()))?;
+    let reports = service.policy()?.pod(&name).await?;
+    if reports.is_empty() {
+        let text = format!("this node has no pod {name:?}. Use NAMESPACE/NAME.");
+        return Err(ErrorAnswer(StatusCode::NOT_FOUND, text));
+    }
+    Ok(Json(reports))
 }
 
 async fn rotate_key(
@@ -247,6 +285,17 @@ async fn upgraded(request: Request) -> io::Result<std_net::UnixStream> {
 }
 
 impl Service {
+    /// Returns the service of network policies.
+    fn policy(&self) -> Result<PolicyService, ErrorAnswer> {
+        self.status.agent.policy.borrow().clone().ok_or_else(|| {
+            let text = match self.status.agent.config.policy.mode {
+                PolicyMode::Off => "network policies have no effect: policy.mode is off",
+                PolicyMode::Audit | PolicyMode::Enforce => "the agent is still starting",
+            };
+            ErrorAnswer(StatusCode::CONFLICT, text.to_owned())
+        })
+    }
+
     async fn rotate(&self, at_once: bool) -> Result<RotationStatus, RotationError> {
         let (answer, answered) = oneshot::channel();
         let asked = self.senders.rotate.send(RotationRequest { at_once, answer }).await;
@@ -388,6 +437,9 @@ mod tests {
             ("GET", "/nothing", "", 404),
             ("GET", "/key/rotation", "", 405),
             ("DELETE", "/status", "", 405),
+            ("GET", "/policy", "", 409),
+            ("GET", "/policy/pod", "", 400),
+            ("GET", "/policy/pod?name=a", "", 409),
             ("POST", "/key/rotation", "{", 400),
             ("POST", "/key/rotation", "{\"now\":true}", 422),
             ("PUT", "/log/level", "{}{}", 400),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::kubernetes::{self, Kubernetes, Records};
 use super::records::{self, ParsedRecords};
-use super::watch::SourceWatch;
+use crate::watch::SourceWatch;
 
 /// Source of the node records. Cheap to clone.
 #[derive(Debug, Clone)]

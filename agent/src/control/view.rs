@@ -9,6 +9,7 @@ use super::dataplane::DataplaneState;
 use crate::cni;
 use crate::config::Config;
 use crate::lifecycle::Readiness;
+use crate::policy::PolicyService;
 use crate::status::{NodeState, NodeView, RotationStatus};
 
 /// State of the agent, which the control process writes and the views show.
@@ -22,6 +23,8 @@ pub(super) struct Publication {
     pub(super) dataplane: DataplaneState,
     /// The firewall; `None` until it is started.
     pub(super) firewall: watch::Sender<Option<Firewall>>,
+    /// Service of network policies; `None` if the policies have no effect.
+    pub(super) policy: watch::Sender<Option<PolicyService>>,
     /// State of the pods; `None` while the agent serves none.
     pub(super) pods: watch::Sender<Option<cni::View>>,
 }
@@ -34,6 +37,7 @@ impl Publication {
             readiness,
             dataplane: DataplaneState::default(),
             firewall: watch::Sender::default(),
+            policy: watch::Sender::default(),
             pods: watch::Sender::default(),
         }
     }
@@ -46,6 +50,7 @@ impl Publication {
             node: self.node.view(),
             dataplane: self.dataplane.clone(),
             firewall: self.firewall.subscribe(),
+            policy: self.policy.subscribe(),
         }
     }
 }
@@ -63,4 +68,6 @@ pub struct AgentView {
     pub dataplane: DataplaneState,
     /// The firewall; `None` until it is started.
     pub firewall: watch::Receiver<Option<Firewall>>,
+    /// Service of network policies; `None` if the policies have no effect.
+    pub policy: watch::Receiver<Option<PolicyService>>,
 }

@@ -42,6 +42,11 @@ fn reference(families: &[MetricFamily]) -> String {
             "The drop counters are absent while there is no nftables table.",
             is_firewall_metric,
         ),
+        (
+            "Network policies",
+            "These metrics exist only if `policy.mode` is not `off`.",
+            is_policy_metric,
+        ),
         ("Kubernetes", "These metrics exist only with `kubernetes.enabled`.", is_kubernetes_metric),
     ] {
         let note = if note.is_empty() { String::new() } else { format!("{note}\n\n") };
@@ -70,6 +75,10 @@ fn is_firewall_metric(name: &str) -> bool {
     starts.iter().any(|start| name.starts_with(start))
 }
 
+fn is_policy_metric(name: &str) -> bool {
+    name.starts_with("skein_policy_")
+}
+
 fn is_kubernetes_metric(name: &str) -> bool {
     name.starts_with("skein_kubernetes_")
 }
@@ -92,9 +101,16 @@ fn is_agent_metric(name: &str) -> bool {
 }
 
 fn is_dataplane_metric(name: &str) -> bool {
-    ![is_pods_metric, is_firewall_metric, is_kubernetes_metric, is_peer_metric, is_agent_metric]
-        .iter()
-        .any(|others| others(name))
+    ![
+        is_pods_metric,
+        is_firewall_metric,
+        is_policy_metric,
+        is_kubernetes_metric,
+        is_peer_metric,
+        is_agent_metric,
+    ]
+    .iter()
+    .any(|others| others(name))
 }
 
 fn row(family: &MetricFamily) -> String {
@@ -116,7 +132,7 @@ fn labels(family: &MetricFamily) -> Vec<String> {
         }
     }
     let shown = |name: &str| match name {
-        "version" | "lane" | "peer" | "cidr" => format!("`{name}`"),
+        "version" | "lane" | "peer" | "cidr" | "namespace" | "policy" => format!("`{name}`"),
         "reason" if family.name() == "skein_drops_total" => {
             "`reason`: [below](#reasons-of-drops)".to_owned()
         }
@@ -184,6 +200,8 @@ fn reference_matches_code() {
     let code = [
         include_str!("../metrics.rs"),
         include_str!("firewall.rs"),
+        include_str!("policy.rs"),
+        include_str!("../policy/metrics.rs"),
         include_str!("../cni/metrics.rs"),
         include_str!("../control/kubernetes/client.rs"),
     ];

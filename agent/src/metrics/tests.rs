@@ -14,6 +14,7 @@ use skein_netlink::firewall::reconciler::FirewallStatus;
 use super::*;
 use crate::cni;
 use crate::control::kubernetes;
+use crate::policy::{self, PolicyMetrics, PolicyPackets, PolicyStatus};
 use crate::status::RejectedFile;
 use crate::status::tests::peer;
 
@@ -88,7 +89,16 @@ pub(super) fn everything() -> Input {
     let key = Some(RotationStatus::of(PublicKey([1; 32])));
     let status = FirewallStatus { active: true, ..FirewallStatus::default() };
     let firewall = Some(Firewall { status, counters: Some(Counters::default()) });
-    Input { report: Some(report), pods: Some(pods), requests, key, firewall, ..input() }
+    let packets = [("ingress", "rule"), ("egress", "isolated")].map(|(direction, reason)| {
+        let (namespace, policy) = ("shop".to_owned(), "web".to_owned());
+        PolicyPackets { namespace, policy, direction, reason, packets: 0 }
+    });
+    let policy = Some(PolicyMetrics {
+        status: PolicyStatus { last_commit_age_seconds: Some(1.0), ..PolicyStatus::default() },
+        commits: policy::metrics::Commits::new().unwrap().families(),
+        packets: Some(packets.into()),
+    });
+    Input { report: Some(report), pods: Some(pods), requests, key, firewall, policy, ..input() }
 }
 
 fn has(text: &str, line: &str) {

@@ -9,6 +9,8 @@ use skein_ipc::keys::{PublicKey, PublicKeys};
 use skein_ipc::{Capability, ReducedPath, Report, UnreachablePeer};
 use skein_netlink::firewall::reconciler::FirewallStatus;
 
+use crate::policy::PolicyStatus;
+
 /// Body of `GET /status` on the control socket.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Document {
@@ -34,6 +36,9 @@ pub struct Document {
     /// State of the nftables table; absent from agents of earlier releases.
     #[serde(default)]
     pub firewall: FirewallStatus,
+    /// State of the network policies; absent if they have no effect.
+    #[serde(default)]
+    pub policy: Option<PolicyStatus>,
     /// State of the data process, as the control process knows it.
     pub dataplane: DataplaneStatus,
     /// Counters and states of the data process; absent while it is not available.

@@ -64,6 +64,7 @@ pub(crate) fn document(inner: u64) -> Document {
         interface: Default::default(),
         records: Default::default(),
         firewall: Default::default(),
+        policy: None,
         dataplane: Default::default(),
         report: Some(report),
         cni: None,

@@ -50,6 +50,8 @@ pub struct Runtime {
     program: PathBuf,
     /// Configuration of the plugin, as libcni passes it on standard input.
     pub configuration: Value,
+    /// Value of `CNI_ARGS`, such as the name of a Kubernetes pod; `None` leaves the variable unset.
+    pub arguments: Option<String>,
 }
 
 /// Attachment of the CNI specification: an interface of a container.
@@ -76,7 +78,8 @@ impl Runtime {
             "socket": agent.cni_socket(),
             "spool": agent.cni_spool(),
         });
-        Ok(Self { node: node.ns.name().to_owned(), program: binary()?, configuration })
+        let (node, program) = (node.ns.name().to_owned(), binary()?);
+        Ok(Self { node, program, configuration, arguments: None })
     }
 
     /// Calls the plugin. `extra` is added to the configuration, such as `prevResult`. An exit code
@@ -106,6 +109,7 @@ impl Runtime {
                 .env("CNI_CONTAINERID", attachment.container)
                 .env("CNI_IFNAME", attachment.interface);
             command.envs(attachment.netns.map(|netns| ("CNI_NETNS", netns)));
+            command.envs(self.arguments.as_ref().map(|arguments| ("CNI_ARGS", arguments)));
         }
         process::finish(&mut command, configuration.to_string().as_bytes(), CALL_TIMEOUT)
     }

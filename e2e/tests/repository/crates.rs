@@ -29,6 +29,7 @@ const IMPORTS: [(&str, &[&str]); 16] = [
             "skein-ipam",
             "skein-ipc",
             "skein-netlink",
+            "skein-policy",
             "skein-sys",
         ],
     ),

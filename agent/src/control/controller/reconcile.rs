@@ -119,6 +119,9 @@ impl Controller {
     pub(super) fn propagate(&mut self) {
         let rules = firewall_rules(&self.config, &self.desired, &self.networks, &self.source_ports);
         self.firewall.set_rules(rules);
+        if let Some(policy) = &self.policy {
+            policy.set_networks(self.desired.pod_networks());
+        }
         if let Some(pods) = &self.pods {
             pods.set_network(self.desired.network(&self.config));
         }

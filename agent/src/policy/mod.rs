@@ -1,0 +1,86 @@
+//! Network policies: sources of objects, and the service that enforces them for the pods of this
+//! node.
+//!
+//! [`PolicyService`] owns the engine of `skein_policy` and the kernel's table. A source sends it
+//! the cluster's objects ([`source`]), and the CNI service the pods of this node. Pods are
+//! enforced before their links exist. A pod that is not known is in quarantine.
+
+mod attachments;
+mod describe;
+mod directory;
+pub mod lint;
+pub(crate) mod metrics;
+mod objects;
+pub mod report;
+mod service;
+pub mod source;
+mod status;
+mod store;
+mod table;
+
+use anyhow::Context;
+
+pub use self::attachments::Attachment;
+use self::directory::Directory;
+pub use self::metrics::{PolicyMetrics, PolicyPackets};
+use self::service::Settings;
+pub use self::service::{Attached, CommitError, PodNetworks, PolicyService};
+pub use self::status::PolicyStatus;
+use self::store::Store;
+use self::table::KernelTable;
+pub use self::table::TABLE;
+use crate::config::{Config, PolicyMode};
+use crate::failure::Failure;
+use crate::lifecycle::Readiness;
+
+/// Starts the service of network policies, in static mode with the source of its objects. Returns
+/// `None` if `policy.mode` is off; an agent with pods then removes the table of an earlier
+/// configuration.
+///
+/// # Errors
+/// [`Failure`] if the thread of the service cannot be created.
+pub async fn start(
+    config: &Config,
+    readiness: &Readiness,
+) -> Result<Option<PolicyService>, Failure> {
+    let mode = config.policy.mode;
+    if mode == PolicyMode::Off {
+        if config.cni.enabled {
+            for (what, outcome) in remove(config).await {
+                match outcome {
+                    Ok(true) => tracing::info!("{what} of an earlier configuration removed"),
+                    Ok(false) => {}
+                    Err(error) => tracing::error!(error, "{what} not removed"),
+                }
+            }
+        }
+        return Ok(None);
+    }
+    let source = match &config.policy.directory {
+        Some(directory) => directory.display().to_string(),
+        None => "kubernetes".to_owned(),
+    };
+    let settings = Settings {
+        mode,
+        is_static: config.policy.directory.is_some(),
+        store: Store::new(&config.state_dir, source),
+        readiness: readiness.clone(),
+    };
+    let service = PolicyService::start(settings, KernelTable::new(mode))
+        .context("cannot start the service of network policies")?;
+    if let Some(directory) = &config.policy.directory {
+        let follow = Directory::new(directory.clone()).follow(service.sink());
+        // The task ends with the service.
+        tokio::spawn(follow);
+    }
+    Ok(Some(service))
+}
+
+/// Removes the kernel's table and the stored objects. Returns, for each of them, its name and
+/// whether it existed, or the error.
+pub async fn remove(config: &Config) -> [(String, Result<bool, String>); 2] {
+    let file = config.state_dir.join(store::FILE);
+    let table = table::remove().await;
+    let removed = store::remove(&file).map_err(|error| error.to_string());
+    [(format!("nftables table inet {TABLE}"), table), (format!("file {}", file.display()), removed)]
+}
