@@ -11,10 +11,11 @@ use std::time::Duration;
 
 use prometheus::proto::MetricFamily;
 use prometheus::{Encoder, TextEncoder};
+use skein_core::drop::Direction;
 use skein_core::tunnel::UnreachableReason;
 use skein_ipc::{
     CapabilityState, ConfinementState, DirectionReport, HistogramReport, LaneReport, PeerState,
-    Report,
+    Report, ReportValue,
 };
 
 use self::family::{Family, Kind};
@@ -235,9 +236,11 @@ fn both(
     family.finish()
 }
 
+const EGRESS: &str = Direction::Egress.label();
+const INGRESS: &str = Direction::Ingress.label();
 type Side = fn(&LaneReport) -> &DirectionReport;
 const DIRECTIONS: [(&str, Side); 2] =
-    [("egress", |lane| &lane.egress), ("ingress", |lane| &lane.ingress)];
+    [(EGRESS, |lane| &lane.egress), (INGRESS, |lane| &lane.ingress)];
 
 fn traffic(report: &Report) -> Vec<MetricFamily> {
     vec![
@@ -367,42 +370,26 @@ fn lanes(report: &Report) -> Vec<MetricFamily> {
     ]
 }
 
-/// States of an offload capability with their values of the label `state`.
-const STATES: [(CapabilityState, &str); 4] = [
-    (CapabilityState::On, "on"),
-    (CapabilityState::Degraded, "degraded"),
-    (CapabilityState::Unsupported, "unsupported"),
-    (CapabilityState::ForcedOff, "forced_off"),
-];
-
 fn capabilities(report: &Report) -> Vec<MetricFamily> {
     let help = "State of each offload: 1 for the current state, 0 for the others.";
     let mut family = Family::new("skein_capability", help, Kind::Gauge);
     for capability in &report.capabilities {
-        for (state, label) in STATES {
-            let labels = [("capability", capability.name.as_str()), ("state", label)];
-            family.add(&labels, f64::from(u8::from(capability.state == state)));
+        for state in CapabilityState::VALUES {
+            let labels = [("capability", capability.name.text()), ("state", state.text())];
+            family.add(&labels, f64::from(u8::from(capability.state == *state)));
         }
     }
     vec![family.finish(), confinement(report)]
 }
-
-/// States of a confinement mechanism with their values of the label `state`.
-const CONFINEMENT_STATES: [(ConfinementState, &str); 4] = [
-    (ConfinementState::On, "on"),
-    (ConfinementState::Unsupported, "unsupported"),
-    (ConfinementState::Failed, "failed"),
-    (ConfinementState::ForcedOff, "forced_off"),
-];
 
 fn confinement(report: &Report) -> MetricFamily {
     let help = "State of each mechanism that confines the data process: 1 for the current state, 0 \
                 for the others.";
     let mut family = Family::new("skein_confinement", help, Kind::Gauge);
     for confinement in &report.confinement {
-        for (state, label) in CONFINEMENT_STATES {
-            let labels = [("mechanism", confinement.mechanism.as_str()), ("state", label)];
-            family.add(&labels, f64::from(u8::from(confinement.state == state)));
+        for state in ConfinementState::VALUES {
+            let labels = [("mechanism", confinement.mechanism.text()), ("state", state.text())];
+            family.add(&labels, f64::from(u8::from(confinement.state == *state)));
         }
     }
     family.finish()
@@ -412,36 +399,28 @@ fn outcomes(report: &Report) -> Vec<MetricFamily> {
     let mut drops =
         Family::new("skein_drops_total", "Packets dropped by direction and reason.", Kind::Counter);
     for drop in &report.drops {
-        let labels = [("direction", drop.direction.as_str()), ("reason", drop.reason.as_str())];
+        let labels = [("direction", drop.kind.direction()), ("reason", drop.kind.reason())];
         drops.add(&labels, drop.packets as f64);
     }
     let mut handshakes =
         Family::new("skein_handshakes_total", "Handshakes by result.", Kind::Counter);
     for handshake in &report.handshakes {
-        handshakes.add(&[("result", handshake.result.as_str())], handshake.count as f64);
+        handshakes.add(&[("result", handshake.result.text())], handshake.count as f64);
     }
     vec![drops.finish(), handshakes.finish()]
 }
 
-/// Connection states of a peer with their values of the label `state`.
-const PEER_STATES: [(PeerState, &str); 4] = [
-    (PeerState::Idle, "idle"),
-    (PeerState::Connecting, "connecting"),
-    (PeerState::Established, "established"),
-    (PeerState::Unreachable, "unreachable"),
-];
-
 fn peers(report: &Report) -> Vec<MetricFamily> {
     let mut states = Family::new("skein_peers", "Peers by state.", Kind::Gauge);
-    for (state, label) in PEER_STATES {
-        let count = report.peers.iter().filter(|peer| peer.state == state).count();
-        states.add(&[("state", label)], count as f64);
+    for state in PeerState::VALUES {
+        let count = report.peers.iter().filter(|peer| peer.state == *state).count();
+        states.add(&[("state", state.text())], count as f64);
     }
     let mut unreachable =
         Family::new("skein_peers_unreachable", "Unreachable peers by reason.", Kind::Gauge);
-    for trouble in UnreachableReason::OF_UNREACHABLE {
-        let count = report.unreachable.iter().filter(|peer| peer.reason == trouble.text()).count();
-        unreachable.add(&[("reason", trouble.label())], count as f64);
+    for reason in UnreachableReason::OF_UNREACHABLE {
+        let count = report.unreachable.iter().filter(|peer| peer.reason == reason).count();
+        unreachable.add(&[("reason", reason.label())], count as f64);
     }
     let ages = || report.peers.iter().filter_map(|peer| peer.handshake_age_seconds);
     let mut sessions = Family::new("skein_sessions", "Peers with a session.", Kind::Gauge);
@@ -478,10 +457,9 @@ fn each_peer(report: &Report) -> Vec<MetricFamily> {
         if let Some(us) = peer.rtt_us {
             rtt.add(&[name], us as f64 / 1e6);
         }
-        for (direction, count, length) in [
-            ("egress", peer.tx_packets, peer.tx_bytes),
-            ("ingress", peer.rx_packets, peer.rx_bytes),
-        ] {
+        for (direction, count, length) in
+            [(EGRESS, peer.tx_packets, peer.tx_bytes), (INGRESS, peer.rx_packets, peer.rx_bytes)]
+        {
             packets.add(&[name, ("direction", direction)], count as f64);
             bytes.add(&[name, ("direction", direction)], length as f64);
         }

@@ -7,7 +7,10 @@ mod table;
 use std::fmt::Write;
 use std::time::Duration;
 
-use skein_ipc::{CapabilityState, DirectionReport, LaneReport, PeerReport, PeerState, Report};
+use skein_core::drop::Direction;
+use skein_ipc::{
+    CapabilityState, DirectionReport, LaneReport, PeerReport, PeerState, Report, Reported,
+};
 use skein_netlink::firewall::reconciler::FirewallStatus;
 
 use crate::policy::PolicyStatus;
@@ -166,13 +169,13 @@ fn key(key: &RotationStatus) -> String {
 fn offloads(report: &Report) -> String {
     let rows = report.capabilities.iter().map(|capability| {
         let reason = capability.reason.clone().unwrap_or_default();
-        let tone = match capability.state {
-            CapabilityState::On => Tone::Good,
-            CapabilityState::Degraded | CapabilityState::Unsupported => Tone::Warn,
-            CapabilityState::ForcedOff => Tone::Plain,
+        let tone = match capability.state.known() {
+            Some(CapabilityState::On) => Tone::Good,
+            Some(CapabilityState::Degraded | CapabilityState::Unsupported) => Tone::Warn,
+            Some(CapabilityState::ForcedOff) | None => Tone::Plain,
         };
         let state = Field::toned(capability.state.to_string(), tone);
-        vec![capability.name.clone().into(), state, reason.into()]
+        vec![capability.name.text().into(), state, reason.into()]
     });
     table(&[("OFFLOAD", Align::Left), ("STATE", Align::Left), ("REASON", Align::Left)], rows)
 }
@@ -238,12 +241,12 @@ fn peers(report: &Report) -> String {
         vec![
             peer.name.as_str().into(),
             peer.endpoint.map_or_else(dash, |endpoint| endpoint.to_string()).into(),
-            Field::toned(state, peer_tone(peer.state)),
+            Field::toned(state, peer_tone(&peer.state)),
             peer.handshake_age_seconds.map_or_else(dash, age).into(),
             peer.rtt_us.map_or_else(dash, milliseconds).into(),
             peer.path_mtu.map_or_else(dash, |mtu| mtu.to_string()).into(),
             if peer.gso { "yes" } else { "no" }.into(),
-            peer.cipher.clone().unwrap_or_else(dash).into(),
+            peer.cipher.as_ref().map_or_else(dash, ToString::to_string).into(),
             bytes(peer.tx_bytes).into(),
             bytes(peer.rx_bytes).into(),
         ]
@@ -266,30 +269,33 @@ fn peers(report: &Report) -> String {
 }
 
 /// Returns the tone in which a peer's state is shown.
-pub(crate) fn peer_tone(state: PeerState) -> Tone {
-    match state {
-        PeerState::Established => Tone::Good,
-        PeerState::Unreachable => Tone::Bad,
-        PeerState::Connecting => Tone::Warn,
-        PeerState::Idle => Tone::Plain,
+pub(crate) fn peer_tone(state: &Reported<PeerState>) -> Tone {
+    match state.known() {
+        Some(PeerState::Established) => Tone::Good,
+        Some(PeerState::Unreachable) => Tone::Bad,
+        Some(PeerState::Connecting) => Tone::Warn,
+        Some(PeerState::Idle) | None => Tone::Plain,
     }
 }
 
 fn drops(report: &Report) -> String {
+    let row = |direction: &str, reason: &str, packets| {
+        vec![direction.to_owned(), reason.to_owned(), count(packets)]
+    };
     let mut rows: Vec<_> = report
         .drops
         .iter()
         .filter(|drop| drop.packets > 0)
-        .map(|drop| vec![drop.direction.clone(), drop.reason.clone(), count(drop.packets)])
+        .map(|drop| row(drop.kind.direction(), drop.kind.reason(), drop.packets))
         .collect();
     let overflow: u64 = report.lanes.iter().map(|lane| lane.receive_queue_overflow).sum();
     if overflow > 0 {
         let reason = "receive_queue_overflow (by the kernel)";
-        rows.push(vec!["ingress".to_owned(), reason.to_owned(), count(overflow)]);
+        rows.push(row(Direction::Ingress.label(), reason, overflow));
     }
     if report.tun_queue_drops > 0 {
         let reason = "tun_queue_full (by the kernel)";
-        rows.push(vec!["egress".to_owned(), reason.to_owned(), count(report.tun_queue_drops)]);
+        rows.push(row(Direction::Egress.label(), reason, report.tun_queue_drops));
     }
     let columns = [("DIRECTION", Align::Left), ("REASON", Align::Left), ("PACKETS", Align::Right)];
     table(&columns, rows)

@@ -18,7 +18,7 @@ use skein_agent::status::Document;
 use skein_ipc::{ErrorKind, HANDOVER_VERSION, Request, Response, read_frame, write_frame};
 use skein_netlink::staged::StagedInterface;
 use skein_sys::in_new_network_namespace;
-use skein_sys::tun::{TunOffload, create_persistent, open_queues};
+use skein_sys::tun::{OpenQueues, TunOffload, create_persistent, open_queues};
 use support::{PROCESS_TIMEOUT, Process, finish, send};
 
 const AGENT: &str = env!("CARGO_BIN_EXE_skein-agent");
@@ -209,7 +209,7 @@ fn device_in_use_exits_with_5_and_foreign_address_with_2() {
         // The device of this node, which another process has opened.
         create_persistent("skein0").unwrap();
         ip("link set skein0 alias skein:node-a");
-        let (queues, ..) = open_queues("skein0", 1, TunOffload::NONE).unwrap();
+        let OpenQueues { queues, .. } = open_queues("skein0", 1, TunOffload::NONE).unwrap();
         assert_refused(&mut node, 5, &["another process uses TUN device skein0"]);
         drop(queues);
         let file = node.path("agent.toml");

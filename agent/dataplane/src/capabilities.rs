@@ -2,37 +2,34 @@
 
 use std::io;
 
-use skein_ipc::{Capability, CapabilityState, OffloadSettings};
+use skein_ipc::{Capability, CapabilityName, CapabilityState, OffloadSettings};
+use skein_sys::fallback::{Fallback, Feature};
 
-/// Name of the capability that carries the ECN field between inner and outer headers (RFC 6040).
-pub(super) const ECN_CAPABILITY: &str = "udp_ecn";
-
-pub(super) fn capabilities(
-    settings: OffloadSettings,
-    notes: &[(&'static str, String)],
-) -> Vec<Capability> {
+pub(super) fn capabilities(settings: OffloadSettings, fallbacks: &[Fallback]) -> Vec<Capability> {
     let known = [
-        ("tun_uso", settings.tun_uso),
-        ("tun_tso", settings.tun_tso),
-        ("tun_checksum", settings.tun_checksum),
-        ("udp_gso", settings.udp_gso),
-        ("udp_gro", settings.udp_gro),
-        (ECN_CAPABILITY, settings.udp_ecn),
-        ("reuseport_steering", true),
+        (CapabilityName::TunUso, Feature::TunUso, settings.tun_uso),
+        (CapabilityName::TunTso, Feature::TunTso, settings.tun_tso),
+        (CapabilityName::TunChecksum, Feature::TunChecksum, settings.tun_checksum),
+        (CapabilityName::UdpGso, Feature::UdpGso, settings.udp_gso),
+        (CapabilityName::UdpGro, Feature::UdpGro, settings.udp_gro),
+        (CapabilityName::UdpEcn, Feature::UdpEcn, settings.udp_ecn),
+        (CapabilityName::ReuseportSteering, Feature::ReuseportSteering, true),
     ];
     known
         .into_iter()
-        .map(|(name, wanted)| {
-            let note = notes.iter().find(|(noted, _)| *noted == name).map(|(_, why)| why.clone());
-            let (state, reason) = match (wanted, note) {
+        .map(|(name, feature, wanted)| {
+            let fallback = fallbacks.iter().find(|fallback| fallback.feature == feature);
+            let (state, reason) = match (wanted, fallback) {
                 (false, _) => (
                     CapabilityState::ForcedOff,
                     Some("switched off in the configuration".to_owned()),
                 ),
-                (true, Some(why)) => (CapabilityState::Unsupported, Some(why)),
+                (true, Some(missing)) => {
+                    (CapabilityState::Unsupported, Some(missing.reason.clone()))
+                }
                 (true, None) => (CapabilityState::On, None),
             };
-            Capability { name: name.to_owned(), state, reason }
+            Capability { name: name.into(), state: state.into(), reason }
         })
         .collect()
 }
@@ -44,12 +41,10 @@ pub(super) fn with_ecn(
     settings: OffloadSettings,
     enabled: io::Result<()>,
 ) -> Vec<Capability> {
-    let refused =
-        enabled.err().map(|error| (ECN_CAPABILITY, format!("the kernel refused it: {error}")));
-    let notes: Vec<_> = refused.into_iter().collect();
-    inherited.retain(|capability| capability.name != ECN_CAPABILITY);
-    inherited
-        .extend(capabilities(settings, &notes).into_iter().filter(|c| c.name == ECN_CAPABILITY));
+    let refused = enabled.err().map(|error| Fallback::refused(Feature::UdpEcn, &error));
+    let is_ecn = |capability: &Capability| capability.name == CapabilityName::UdpEcn;
+    inherited.retain(|capability| !is_ecn(capability));
+    inherited.extend(capabilities(settings, refused.as_slice()).into_iter().filter(is_ecn));
     inherited
 }
 
@@ -60,12 +55,14 @@ mod tests {
     #[test]
     fn capability_that_is_off_has_a_reason() {
         let settings = OffloadSettings { udp_gso: false, ..OffloadSettings::ALL };
-        let notes = [("tun_uso", "kernel too old".to_owned())];
-        let all = capabilities(settings, &notes);
-        let state = |name: &str| all.iter().find(|c| c.name == name).map(|c| c.state);
-        assert_eq!(state("tun_uso"), Some(CapabilityState::Unsupported));
-        assert_eq!(state("udp_gso"), Some(CapabilityState::ForcedOff));
-        assert_eq!(state("udp_gro"), Some(CapabilityState::On));
+        let reason = "kernel too old".to_owned();
+        let all = capabilities(settings, &[Fallback { feature: Feature::TunUso, reason }]);
+        let state = |name: CapabilityName| {
+            all.iter().find(|c| c.name == name).and_then(|c| c.state.known())
+        };
+        assert_eq!(state(CapabilityName::TunUso), Some(CapabilityState::Unsupported));
+        assert_eq!(state(CapabilityName::UdpGso), Some(CapabilityState::ForcedOff));
+        assert_eq!(state(CapabilityName::UdpGro), Some(CapabilityState::On));
         assert!(all.iter().all(|c| (c.state == CapabilityState::On) == c.reason.is_none()));
     }
 }

@@ -7,7 +7,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Mutex, PoisonError};
 
 use skein_sys::descriptors;
-use skein_sys::tun::{self, Fallback, TunOffload, TunQueue};
+use skein_sys::fallback::{Fallback, Feature};
+use skein_sys::tun::{self, OpenQueues, TunOffload};
 
 use super::error::SetupError;
 use super::handover::{Answer, ToKeeper, receive, send};
@@ -48,8 +49,7 @@ impl KeeperChannel {
         Ok((answer, descriptors))
     }
 
-    /// Requests `queues` queues of the TUN device `name` ([`tun::open_queues`]). Returns the
-    /// queues, the active offloads, and the name of each inactive offload with the reason.
+    /// Requests `queues` queues of the TUN device `name` ([`tun::open_queues`]).
     ///
     /// # Errors
     /// [`SetupError::Refused`] with the keeper's error, [`SetupError::Io`] if the channel fails.
@@ -58,18 +58,17 @@ impl KeeperChannel {
         name: &str,
         queues: u8,
         allowed: TunOffload,
-    ) -> Result<(Vec<TunQueue>, TunOffload, Vec<Fallback>), SetupError> {
+    ) -> Result<OpenQueues, SetupError> {
         let request = ToKeeper::OpenQueues { name: name.to_owned(), queues, allowed };
         match self.request(&request)? {
             (Answer::Queues { offload, notes, .. }, descriptors) => {
                 let inherit = |fd| tun::inherit_queue(fd, name);
                 let queues = descriptors.into_iter().map(inherit).collect::<Result<_, _>>()?;
-                let notes = notes.into_iter().filter_map(|(inactive, why)| {
-                    let inactive =
-                        tun::TUN_OFFLOADS.into_iter().find(|known| *known == inactive)?;
-                    Some((inactive, why))
+                let fallbacks = notes.into_iter().filter_map(|(label, reason)| {
+                    let feature = Feature::TUN.into_iter().find(|known| known.label() == label)?;
+                    Some(Fallback { feature, reason })
                 });
-                Ok((queues, offload, notes.collect()))
+                Ok(OpenQueues { queues, offload, fallbacks: fallbacks.collect() })
             }
             (Answer::Refused { kind, message }, _) => Err(SetupError::Refused { kind, message }),
             _ => Err(unrelated_answer().into()),
@@ -114,9 +113,9 @@ pub(super) fn answer_queues(
     allowed: TunOffload,
 ) -> io::Result<()> {
     match tun::open_queues(name, queues.into(), allowed) {
-        Ok((open, offload, notes)) => {
-            let notes =
-                notes.into_iter().map(|(inactive, why)| (inactive.to_owned(), why)).collect();
+        Ok(OpenQueues { queues: open, offload, fallbacks }) => {
+            let note = |fallback: Fallback| (fallback.feature.label().to_owned(), fallback.reason);
+            let notes = fallbacks.into_iter().map(note).collect();
             let all: Vec<_> = open.iter().map(AsFd::as_fd).collect();
             send(channel, &Answer::Queues { queues, offload, notes }, &all)
         }

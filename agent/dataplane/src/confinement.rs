@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use rustix::process::Signal;
 use rustix::thread::CapabilitySet;
-use skein_ipc::{Confinement, ConfinementState};
+use skein_ipc::{Confinement, ConfinementState, Mechanism};
 use skein_sys::{confine, landlock, seccomp};
 
 use super::busy_poll;
@@ -54,9 +54,10 @@ pub fn confine(worker: bool, options: ConfinementOptions) -> anyhow::Result<Conf
         .context("cannot set the death signal of the data process")?;
     open_files();
     // Landlock comes first, because the seccomp filter does not allow its system calls.
-    for (mechanism, activate) in
-        [("landlock", landlock::confine as fn() -> _), ("seccomp", seccomp::confine)]
-    {
+    for (mechanism, activate) in [
+        (Mechanism::Landlock, landlock::confine as fn() -> _),
+        (Mechanism::Seccomp, seccomp::confine),
+    ] {
         let (state, reason) = match options.enabled.then(activate) {
             None => (ConfinementState::ForcedOff, Some("off in the configuration".to_owned())),
             Some(Ok(())) => (ConfinementState::On, None),
@@ -65,7 +66,7 @@ pub fn confine(worker: bool, options: ConfinementOptions) -> anyhow::Result<Conf
             }
             Some(Err(error)) => (ConfinementState::Failed, Some(error.to_string())),
         };
-        let mechanism = Confinement { mechanism: mechanism.to_owned(), state, reason };
+        let mechanism = Confinement { mechanism: mechanism.into(), state: state.into(), reason };
         if options.required && state != ConfinementState::On {
             bail!("{NOT_CONFINED}: {mechanism}");
         }
@@ -92,9 +93,9 @@ impl Confined {
     pub fn log(&self) {
         tracing::info!(kept = ?self.capabilities, "capabilities dropped");
         for mechanism in &self.mechanisms {
-            match mechanism.state {
-                ConfinementState::On => tracing::info!("confined: {mechanism}"),
-                _ => tracing::warn!("not confined: {mechanism}"),
+            match mechanism.state == ConfinementState::On {
+                true => tracing::info!("confined: {mechanism}"),
+                false => tracing::warn!("not confined: {mechanism}"),
             }
         }
     }

@@ -10,11 +10,10 @@ use skein_core::time::Time;
 use skein_core::tunnel::{self, Engine, HandshakeResult, PeerView, UnreachableReason};
 use skein_ipc::keys::PublicKey;
 use skein_ipc::{
-    Capability, CapabilityState, HandshakeCount, Peer, PeerReport, PeerState, ReducedPath, Report,
-    UnreachablePeer,
+    Capability, CapabilityName, CapabilityState, HandshakeCount, Peer, PeerReport, PeerState,
+    ReducedPath, Report, Reported, UnreachablePeer,
 };
 
-use super::capabilities::ECN_CAPABILITY;
 use super::setup::Running;
 use super::stats::{DropStats, drop_report};
 use super::totals::TrafficTotals;
@@ -52,23 +51,21 @@ pub(super) fn fill<'a>(
             if tcp { &stats.tun_tcp_refused } else { &stats.tun_udp_refused }.load(Relaxed)
         })
     };
-    for (name, refused) in [("tun_tso", refused(true)), ("tun_uso", refused(false))] {
-        let offload = report.capabilities.iter_mut().find(|c| c.name == name && refused);
-        if let Some(offload) = offload.filter(|offload| offload.state == CapabilityState::On) {
-            offload.state = CapabilityState::Degraded;
-            offload.reason =
-                Some("the kernel refused a superpacket: packets are written singly".to_owned());
+    let ecn_refused = lanes.iter().any(|lane| lane.stats.ecn_refused.load(Relaxed));
+    let singly = "the kernel refused a superpacket: packets are written singly";
+    let not_ect = "the kernel refused to set the field: datagrams leave as Not-ECT";
+    for (name, is_refused, reason) in [
+        (CapabilityName::TunTso, refused(true), singly),
+        (CapabilityName::TunUso, refused(false), singly),
+        (CapabilityName::UdpEcn, ecn_refused, not_ect),
+    ] {
+        let on = |c: &&mut Capability| c.name == name && c.state == CapabilityState::On;
+        if let Some(refused) = report.capabilities.iter_mut().find(on).filter(|_| is_refused) {
+            refused.state = CapabilityState::Degraded.into();
+            refused.reason = Some(reason.to_owned());
         }
     }
-    if lanes.iter().any(|lane| lane.stats.ecn_refused.load(Relaxed)) {
-        let on = |c: &&mut Capability| c.name == ECN_CAPABILITY && c.state == CapabilityState::On;
-        if let Some(ecn) = report.capabilities.iter_mut().find(on) {
-            ecn.state = CapabilityState::Degraded;
-            ecn.reason =
-                Some("the kernel refused to set the field: datagrams leave as Not-ECT".to_owned());
-        }
-    }
-    let gso = report.capabilities.iter_mut().find(|c| c.name == "udp_gso");
+    let gso = report.capabilities.iter_mut().find(|c| c.name == CapabilityName::UdpGso);
     let gso_on = gso.is_some_and(|gso| degrade(gso, &gso_off));
     let mut drops: Vec<_> = lanes.iter().map(|lane| &lane.stats.drops).collect();
     drops.push(sources.drops);
@@ -87,12 +84,12 @@ pub(super) fn fill<'a>(
         views.filter(|(_, view)| view.state == tunnel::PeerState::Unreachable).collect();
     if !unreachable.is_empty() {
         let named = peers.clone().filter_map(|(id, peer)| {
-            let reason =
-                unreachable.get(id)?.reason.map(UnreachableReason::text).unwrap_or_default();
-            Some(UnreachablePeer { name: peer.name.clone(), reason: reason.to_owned() })
+            // The engine sets a reason with the state.
+            let reason = unreachable.get(id)?.reason.unwrap_or(UnreachableReason::NoAnswer);
+            Some(UnreachablePeer { name: peer.name.clone(), reason: reason.into() })
         });
         report.unreachable = named.collect();
-        report.unreachable.sort();
+        report.unreachable.sort_by(|a, b| a.name.cmp(&b.name));
     }
     report.peers = peers
         .filter(|_| each_peer)
@@ -113,7 +110,7 @@ fn degrade(gso: &mut Capability, off: &BTreeSet<SocketAddr>) -> bool {
     }
     if !off.is_empty() {
         let names: Vec<_> = off.iter().map(ToString::to_string).collect();
-        gso.state = CapabilityState::Degraded;
+        gso.state = CapabilityState::Degraded.into();
         gso.reason = Some(format!("refused for {}", names.join(", ")));
     }
     true
@@ -122,14 +119,13 @@ fn degrade(gso: &mut Capability, off: &BTreeSet<SocketAddr>) -> bool {
 /// Returns the number of handshakes by result. `refused` is the number of invalid messages that the
 /// engine has not seen.
 fn handshake_report(
-    counts: impl Iterator<Item = (&'static str, u64)>,
+    counts: impl Iterator<Item = (HandshakeResult, u64)>,
     refused: u64,
 ) -> Vec<HandshakeCount> {
-    let invalid = HandshakeResult::Invalid.label();
     counts
         .map(|(result, count)| HandshakeCount {
-            result: result.to_owned(),
-            count: if result == invalid { count + refused } else { count },
+            result: result.into(),
+            count: if result == HandshakeResult::Invalid { count + refused } else { count },
         })
         .collect()
 }
@@ -143,14 +139,14 @@ fn peer_report(now: Time, sources: &Sources<'_>, id: PeerId, peer: &Peer) -> Opt
         public_key: peer.public_key,
         endpoint: view.endpoint,
         pod_cidrs: peer.pod_cidrs.clone(),
-        state: match view.state {
+        state: Reported::Known(match view.state {
             tunnel::PeerState::Idle => PeerState::Idle,
             tunnel::PeerState::Connecting => PeerState::Connecting,
             tunnel::PeerState::Established => PeerState::Established,
             tunnel::PeerState::Unreachable => PeerState::Unreachable,
-        },
-        reason: view.reason.map(|reason| reason.to_string()),
-        cipher: session.map(|session| session.cipher.to_string()),
+        }),
+        reason: view.reason.map(Reported::Known),
+        cipher: session.map(|session| session.cipher.into()),
         lanes: session.map(|session| session.remote_lanes),
         handshake_age_seconds: session.map(|s| now.since(s.established).as_secs_f64()),
         last_received_seconds: view

@@ -11,13 +11,15 @@ use std::time::Duration;
 use skein_core::offload::coalesce::CoalesceConfig;
 use skein_core::tunnel::Ciphers;
 use skein_ipc::{
-    Capability, CapabilityState, CipherChoice, HANDOVER_VERSION, NodeSettings, OffloadSettings,
+    Capability, CapabilityName, CapabilityState, CipherChoice, HANDOVER_VERSION, NodeSettings,
+    OffloadSettings,
 };
+use skein_sys::fallback::{Fallback, Feature};
 use skein_sys::send::{GsoState, TooLong};
-use skein_sys::tun::{self, Fallback, TunOffload, TunQueue};
+use skein_sys::tun::{self, OpenQueues, TunOffload, TunQueue};
 use skein_sys::udp::{self, LongestPayload, UdpOptions};
 
-use super::capabilities::{ECN_CAPABILITY, capabilities, with_ecn};
+use super::capabilities::{capabilities, with_ecn};
 use super::channel::KeeperChannel;
 use super::error::SetupError;
 use super::handover::{self, Family, FamilySockets, HandOver};
@@ -37,10 +39,7 @@ pub(super) struct ProcessHandles {
 }
 
 impl ProcessHandles {
-    fn open_queues(
-        &self,
-        node: &NodeSettings,
-    ) -> Result<(Vec<TunQueue>, TunOffload, Vec<Fallback>), SetupError> {
+    fn open_queues(&self, node: &NodeSettings) -> Result<OpenQueues, SetupError> {
         let (name, allowed) = (&node.tun.name, allowed(node.offload));
         match &self.keeper {
             Some(keeper) => keeper.open_queues(name, node.lanes, allowed),
@@ -100,7 +99,7 @@ impl Running {
         }
         let addresses = bind_addresses(&node.underlay.addresses)?;
         let lanes = usize::from(node.lanes);
-        let (queues, offload, mut notes) = handles.open_queues(node)?;
+        let OpenQueues { queues, offload, mut fallbacks } = handles.open_queues(node)?;
         let options = UdpOptions {
             receive_buffer: node.underlay.receive_buffer,
             send_buffer: node.underlay.send_buffer,
@@ -111,30 +110,30 @@ impl Running {
         for address in addresses {
             let socket_address = SocketAddr::new(address, node.underlay.port);
             let (pairs, more) = udp::bind_lanes(socket_address, lanes, &options)?;
-            if let Some((_, why)) = more.iter().find(|(name, _)| *name == "reuseport_steering")
+            let mut missing = more.iter();
+            if let Some(steering) = missing.find(|m| m.feature == Feature::ReuseportSteering)
                 && lanes > 1
             {
                 return Err(SetupError::Invalid(format!(
-                    "datagrams cannot be steered to their lanes ({why}). Set dataplane.lanes to 1."
+                    "datagrams cannot be steered to their lanes ({}). Set dataplane.lanes to 1.",
+                    steering.reason
                 )));
             }
-            notes.extend(more);
+            fallbacks.extend(more);
             let manager = udp::bind_manager(socket_address, &options)?;
             sockets.push(FamilySockets { v4: address.is_ipv4(), lanes: pairs, manager });
         }
-        let gso = match node.offload.udp_gso {
-            true => udp::probe_gso(),
-            false => Err("switched off in the configuration".to_owned()),
-        };
-        if let Err(reason) = &gso {
-            notes.push(("udp_gso", reason.clone()));
+        let mut gso = node.offload.udp_gso;
+        if gso && let Err(error) = udp::probe_gso() {
+            gso = false;
+            fallbacks.push(Fallback::refused(Feature::UdpGso, &error));
         }
         let opened = OpenedDescriptors {
             queues,
             sockets,
             offload,
-            gso: gso.is_ok(),
-            capabilities: capabilities(node.offload, &notes),
+            gso,
+            capabilities: capabilities(node.offload, &fallbacks),
             generation: 0,
         };
         Ok(Self::new(node, opened, published, handles)?)
@@ -266,8 +265,10 @@ impl Running {
     /// Returns whether the kernel reports the ECN field of received datagrams, so that peers may
     /// set the field.
     pub(super) fn has_ecn(&self) -> bool {
+        let is_on = |capability: &Capability| capability.state == CapabilityState::On;
         let mut capabilities = self.capabilities.iter();
-        capabilities.any(|c| c.name == ECN_CAPABILITY && c.state == CapabilityState::On)
+        capabilities
+            .any(|capability| capability.name == CapabilityName::UdpEcn && is_on(capability))
     }
 
     /// Attaches every lane to the TUN device after it was created again.
@@ -275,7 +276,7 @@ impl Running {
     /// # Errors
     /// [`SetupError`] if the queues cannot be opened.
     pub(super) fn attach_tun(&mut self, node: &NodeSettings) -> Result<(), SetupError> {
-        let (queues, offload, notes) = self.handles.open_queues(node)?;
+        let OpenQueues { queues, offload, fallbacks } = self.handles.open_queues(node)?;
         self.generation += 1;
         self.offload = offload;
         let copies = handover::descriptors(&queues, &[])?;
@@ -284,9 +285,9 @@ impl Running {
             let (coalesce, generation) = (coalesce(offload), self.generation);
             lane.replace_tun(TunReplacement { tun, coalesce, generation });
         }
-        let fresh = capabilities(node.offload, &notes);
+        let fresh = capabilities(node.offload, &fallbacks);
         for (old, new) in self.capabilities.iter_mut().zip(fresh) {
-            if new.name.starts_with("tun_") {
+            if new.name.known().is_some_and(CapabilityName::is_of_tun) {
                 *old = new;
             }
         }

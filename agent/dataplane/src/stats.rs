@@ -135,8 +135,7 @@ pub(super) fn drop_report(all: &[&DropStats]) -> Vec<DropReport> {
     DropReason::ALL
         .iter()
         .map(|&reason| DropReport {
-            direction: reason.direction().label().to_owned(),
-            reason: reason.label().to_owned(),
+            kind: reason.into(),
             packets: all.iter().map(|stats| stats.get(reason)).sum(),
         })
         .collect()
@@ -257,6 +256,7 @@ mod tests {
         manager.collect(&mut counts);
         let report = drop_report(&[&lane, &manager]);
         assert_eq!(report.len(), DropReason::ALL.len());
-        assert_eq!(report.iter().find(|d| d.reason == "no_route").map(|d| d.packets), Some(2));
+        let no_route = report.iter().find(|drop| drop.kind.known() == Some(DropReason::NoRoute));
+        assert_eq!(no_route.map(|drop| drop.packets), Some(2));
     }
 }

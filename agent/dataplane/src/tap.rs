@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 use arc_swap::ArcSwap;
 use skein_core::drop::{Direction, DropReason};
 use skein_core::wire::ip::IpHeader;
-use skein_ipc::capture::{CaptureKind, CaptureRequest, CapturedPacket};
+use skein_ipc::capture::{CaptureKind, CaptureRequest, CapturedPacket, PacketKind};
 
 const DROPS: u8 = 1;
 const PACKETS: u8 = 2;
@@ -95,7 +95,7 @@ impl Tap {
     #[inline]
     pub(super) fn dropped(&self, reason: DropReason, packet_ref: PacketRef<'_>) {
         if self.wants_drops() {
-            self.deliver(reason.direction(), Some(reason), &packet_ref);
+            self.deliver(&PacketKind::Dropped(reason.into()), &packet_ref);
         }
     }
 
@@ -104,21 +104,18 @@ impl Tap {
     pub(super) fn passed(&self, direction: Direction, lane: u8, packet: &[u8]) {
         let bytes = Bytes::Inner(packet);
         let packet_ref = PacketRef { lane: Some(lane), outer: None, bytes, packets: 1 };
-        self.deliver(direction, None, &packet_ref);
+        self.deliver(&PacketKind::Forwarded(direction.into()), &packet_ref);
     }
 
     #[cold]
-    fn deliver(
-        &self,
-        direction: Direction,
-        reason: Option<DropReason>,
-        packet_ref: &PacketRef<'_>,
-    ) {
+    fn deliver(&self, kind: &PacketKind, packet_ref: &PacketRef<'_>) {
+        let wanted = match kind {
+            PacketKind::Dropped(_) => CaptureKind::Drops,
+            PacketKind::Forwarded(_) => CaptureKind::Packets,
+        };
         for subscriber in self.subscribers.load().iter() {
-            if (subscriber.request.kind == CaptureKind::Drops) == reason.is_some()
-                && subscriber.matches(packet_ref.bytes)
-            {
-                subscriber.enqueue(direction, reason, packet_ref);
+            if subscriber.request.kind == wanted && subscriber.matches(packet_ref.bytes) {
+                subscriber.enqueue(kind, packet_ref);
             }
         }
     }
@@ -169,14 +166,10 @@ impl Subscriber {
         })
     }
 
-    fn enqueue(
-        &self,
-        direction: Direction,
-        reason: Option<DropReason>,
-        packet_ref: &PacketRef<'_>,
-    ) {
+    fn enqueue(&self, kind: &PacketKind, packet_ref: &PacketRef<'_>) {
         let spend = |budget: u32| budget.checked_sub(1);
-        if reason.is_some() && self.budget.fetch_update(Relaxed, Relaxed, spend).is_err() {
+        let is_drop = matches!(kind, PacketKind::Dropped(_));
+        if is_drop && self.budget.fetch_update(Relaxed, Relaxed, spend).is_err() {
             self.missed.fetch_add(packet_ref.packets, Relaxed);
             return;
         }
@@ -189,8 +182,7 @@ impl Subscriber {
         let captured = CapturedPacket {
             time_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
             lane: packet_ref.lane,
-            direction: direction.label().to_owned(),
-            reason: reason.map(|reason| reason.label().to_owned()),
+            kind: kind.clone(),
             outer: packet_ref.outer,
             inner,
             packets: packet_ref.packets,
@@ -277,7 +269,7 @@ mod tests {
         tap.passed(Direction::Egress, 1, &packet(3));
         let (captured, missed) = drops.next_batch(TIMEOUT);
         assert_eq!((captured.len(), missed), (1, 0));
-        assert_eq!(captured[0].reason.as_deref(), Some("no_route"));
+        assert_eq!(captured[0].kind.reason(), Some("no_route"));
         assert_eq!((captured[0].length, captured[0].bytes.len()), (40, 24));
         let (captured, _) = packets.next_batch(TIMEOUT);
         assert_eq!(captured.len(), 1);

@@ -7,6 +7,9 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use skein_core::drop::Direction;
+
+use crate::reported::{DropKind, Reported};
 
 /// A request for packets or drops, up to the end of the connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,11 +45,9 @@ pub struct CapturedPacket {
     pub time_ns: u64,
     /// Lane that processed the packet; `None` for the session manager.
     pub lane: Option<u8>,
-    /// Direction of the packet, `egress` or `ingress`.
-    pub direction: String,
-    /// Label of the drop reason ([`DropReason::label`](skein_core::DropReason::label)); `None` for
-    /// a forwarded packet.
-    pub reason: Option<String>,
+    /// Direction of the packet, and the reason if the packet was dropped.
+    #[serde(flatten)]
+    pub kind: PacketKind,
     /// Underlay address and port of the other node; `None` if unknown.
     pub outer: Option<SocketAddr>,
     /// True if `bytes` begin with an inner IP header, false if they are the payload of an outer
@@ -59,6 +60,58 @@ pub struct CapturedPacket {
     /// First bytes of the packet, at most [`CaptureRequest::snap`]; base64 on the socket.
     #[serde(serialize_with = "to_base64", deserialize_with = "from_base64")]
     pub bytes: Vec<u8>,
+}
+
+/// Direction of a captured packet, and the reason if the packet was dropped. The JSON form has the
+/// keys `direction` and `reason`; `reason` is null for a forwarded packet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "PacketLabels", into = "PacketLabels")]
+pub enum PacketKind {
+    /// A forwarded packet.
+    Forwarded(Reported<Direction>),
+    /// A dropped packet.
+    Dropped(DropKind),
+}
+
+impl PacketKind {
+    /// Returns the text of the direction.
+    pub fn direction(&self) -> &str {
+        match self {
+            Self::Forwarded(direction) => direction.text(),
+            Self::Dropped(kind) => kind.direction(),
+        }
+    }
+
+    /// Returns the text of the drop reason; `None` for a forwarded packet.
+    pub fn reason(&self) -> Option<&str> {
+        match self {
+            Self::Forwarded(_) => None,
+            Self::Dropped(kind) => Some(kind.reason()),
+        }
+    }
+}
+
+/// JSON form of a [`PacketKind`].
+#[derive(Serialize, Deserialize)]
+struct PacketLabels {
+    direction: String,
+    reason: Option<String>,
+}
+
+impl From<PacketLabels> for PacketKind {
+    fn from(labels: PacketLabels) -> Self {
+        match labels.reason {
+            Some(reason) => Self::Dropped(DropKind::from_texts(labels.direction, reason)),
+            None => Self::Forwarded(Reported::from_text(labels.direction)),
+        }
+    }
+}
+
+impl From<PacketKind> for PacketLabels {
+    fn from(kind: PacketKind) -> Self {
+        let reason = kind.reason().map(str::to_owned);
+        Self { direction: kind.direction().to_owned(), reason }
+    }
 }
 
 fn to_base64<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {

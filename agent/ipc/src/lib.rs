@@ -26,15 +26,17 @@ pub mod keys;
 pub mod log_limit;
 mod message;
 mod report;
+mod reported;
 mod settings;
 
 pub use codec::{MAX_FRAME, encode_frame, frame_length, read_frame, write_frame};
 pub use message::{ErrorKind, HANDOVER_VERSION, NodeIdentity, PROTOCOL_VERSION, Request, Response};
 pub use report::{
-    Capability, CapabilityState, Confinement, ConfinementState, DirectionReport, DropReport,
-    HandshakeCount, HistogramReport, LaneReport, PeerReport, PeerState, ReducedPath, Report,
-    UnreachablePeer,
+    Capability, CapabilityName, CapabilityState, Confinement, ConfinementState, DirectionReport,
+    DropReport, HandshakeCount, HistogramReport, LaneReport, Mechanism, PeerReport, PeerState,
+    ReducedPath, Report, UnreachablePeer,
 };
+pub use reported::{DropKind, ReportValue, Reported};
 pub use settings::{
     CipherChoice, NodeSettings, OffloadSettings, Peer, SeenHandshakes, Snapshot, TunSettings,
     UnderlaySettings, Update,

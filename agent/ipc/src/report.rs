@@ -5,8 +5,30 @@ use std::net::SocketAddr;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+use skein_core::tunnel::{Cipher, HandshakeResult, UnreachableReason};
 
 use crate::keys::PublicKey;
+use crate::reported::{DropKind, ReportValue, Reported};
+
+/// Defines an enum whose values have fixed texts in reports.
+macro_rules! report_values {
+    (
+        $(#[$doc:meta])*
+        $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $text:literal,)* }
+    ) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum $name { $($(#[$variant_doc])* $variant,)* }
+
+        impl ReportValue for $name {
+            const VALUES: &'static [Self] = &[$(Self::$variant,)*];
+
+            fn text(self) -> &'static str {
+                match self { $(Self::$variant => $text,)* }
+            }
+        }
+    };
+}
 
 /// Counters and states of a data process. Counters are 0 at the start of the process, except
 /// [`Self::tun_queue_drops`].
@@ -64,26 +86,36 @@ pub struct Report {
 /// A kernel mechanism that confines the data process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Confinement {
-    /// Name of the mechanism, `seccomp` or `landlock`.
-    pub mechanism: String,
+    /// Mechanism of the kernel.
+    pub mechanism: Reported<Mechanism>,
     /// State of the mechanism.
-    pub state: ConfinementState,
+    pub state: Reported<ConfinementState>,
     /// Reason for a state other than [`ConfinementState::On`].
     pub reason: Option<String>,
 }
 
-/// State of a [`Confinement`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ConfinementState {
-    /// The mechanism is active.
-    On,
-    /// The kernel does not support the mechanism.
-    Unsupported,
-    /// The kernel supports the mechanism and returned an error.
-    Failed,
-    /// The configuration disables the mechanism (`dataplane.seccomp = false`).
-    ForcedOff,
+report_values! {
+    /// Kernel mechanism that can confine a data process.
+    Mechanism {
+        /// Landlock, which forbids access to files (landlock(7)).
+        Landlock = "landlock",
+        /// Seccomp, which limits the system calls (seccomp(2)).
+        Seccomp = "seccomp",
+    }
+}
+
+report_values! {
+    /// State of a [`Confinement`].
+    ConfinementState {
+        /// The mechanism is active.
+        On = "on",
+        /// The kernel does not support the mechanism.
+        Unsupported = "unsupported",
+        /// The kernel supports the mechanism and returned an error.
+        Failed = "failed",
+        /// The configuration disables the mechanism (`dataplane.seccomp = false`).
+        ForcedOff = "forced_off",
+    }
 }
 
 impl Report {
@@ -102,15 +134,18 @@ impl Report {
     }
 }
 
+impl fmt::Display for ConfinementState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            ConfinementState::ForcedOff => "forced off",
+            state => state.text(),
+        })
+    }
+}
+
 impl fmt::Display for Confinement {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let state = match self.state {
-            ConfinementState::On => "on",
-            ConfinementState::Unsupported => "unsupported",
-            ConfinementState::Failed => "failed",
-            ConfinementState::ForcedOff => "forced off",
-        };
-        write!(f, "{} {state}", self.mechanism)?;
+        write!(f, "{} {}", self.mechanism.text(), self.state)?;
         self.reason.iter().try_for_each(|reason| write!(f, " ({reason})"))
     }
 }
@@ -127,37 +162,62 @@ pub struct ReducedPath {
 /// State of one offload capability.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Capability {
-    /// Name of the capability: `tun_uso`, `tun_tso`, `tun_checksum`, `udp_gso`, `udp_gro`,
-    /// `udp_ecn` or `reuseport_steering`.
-    pub name: String,
+    /// Name of the capability.
+    pub name: Reported<CapabilityName>,
     /// State of the capability.
-    pub state: CapabilityState,
+    pub state: Reported<CapabilityState>,
     /// Reason for a state other than [`CapabilityState::On`].
     pub reason: Option<String>,
 }
 
-/// State of a [`Capability`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum CapabilityState {
-    /// The capability is in use.
-    On,
-    /// The capability is in use, except for some destinations (`udp_gso`) or in one direction
-    /// (`udp_ecn`).
-    Degraded,
-    /// The kernel or the device does not support the capability.
-    Unsupported,
-    /// The configuration disables the capability.
-    ForcedOff,
+report_values! {
+    /// Name of an offload capability. The first six are the fields of
+    /// [`OffloadSettings`](crate::OffloadSettings).
+    CapabilityName {
+        /// UDP superpackets on the TUN device.
+        TunUso = "tun_uso",
+        /// TCP superpackets on the TUN device.
+        TunTso = "tun_tso",
+        /// Partial checksums on the TUN device.
+        TunChecksum = "tun_checksum",
+        /// GSO batches on send (UDP_SEGMENT).
+        UdpGso = "udp_gso",
+        /// Merged datagrams on receive (UDP_GRO).
+        UdpGro = "udp_gro",
+        /// Copies of the ECN field between inner and outer headers (RFC 6040).
+        UdpEcn = "udp_ecn",
+        /// Distribution of datagrams to the lanes' sockets by their lane byte.
+        ReuseportSteering = "reuseport_steering",
+    }
+}
+
+report_values! {
+    /// State of a [`Capability`].
+    CapabilityState {
+        /// The capability is in use.
+        On = "on",
+        /// The capability is in use, except for some destinations (`udp_gso`) or in one direction
+        /// (`udp_ecn`).
+        Degraded = "degraded",
+        /// The kernel or the device does not support the capability.
+        Unsupported = "unsupported",
+        /// The configuration disables the capability.
+        ForcedOff = "forced_off",
+    }
+}
+
+impl CapabilityName {
+    /// Returns whether the capability belongs to the TUN device, and not to the UDP sockets.
+    pub fn is_of_tun(self) -> bool {
+        matches!(self, Self::TunUso | Self::TunTso | Self::TunChecksum)
+    }
 }
 
 impl fmt::Display for CapabilityState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            CapabilityState::On => "on",
-            CapabilityState::Degraded => "degraded",
-            CapabilityState::Unsupported => "unsupported",
             CapabilityState::ForcedOff => "forced off",
+            state => state.text(),
         })
     }
 }
@@ -233,10 +293,9 @@ impl HistogramReport {
 /// [`Report::drops`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DropReport {
-    /// Direction of the packets, `egress` or `ingress`.
-    pub direction: String,
-    /// Label of the reason ([`DropReason::label`](skein_core::DropReason::label)).
-    pub reason: String,
+    /// Direction of the packets, and the reason of their drop.
+    #[serde(flatten)]
+    pub kind: DropKind,
     /// Number of packets.
     pub packets: u64,
 }
@@ -244,9 +303,8 @@ pub struct DropReport {
 /// Number of handshakes with one result.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HandshakeCount {
-    /// Label of the result ([`HandshakeResult`](skein_core::tunnel::HandshakeResult)), for example
-    /// `initiated` or `completed_responder`.
-    pub result: String,
+    /// Result of the handshakes.
+    pub result: Reported<HandshakeResult>,
     /// Number of handshakes with this result. If the result describes one message, for example a
     /// cookie reply, the number of such messages.
     pub count: u64,
@@ -264,11 +322,11 @@ pub struct PeerReport {
     /// Prefixes that the peer owns.
     pub pod_cidrs: Vec<IpNet>,
     /// Connection state.
-    pub state: PeerState,
-    /// Reason if the peer is unreachable.
-    pub reason: Option<String>,
+    pub state: Reported<PeerState>,
+    /// Reason for a state other than [`PeerState::Established`], if one is known.
+    pub reason: Option<Reported<UnreachableReason>>,
     /// Cipher of the current session; `None` without a session.
-    pub cipher: Option<String>,
+    pub cipher: Option<Reported<Cipher>>,
     /// Number of the peer's lanes in the current session; `None` without a session.
     pub lanes: Option<u8>,
     /// Age of the current session in seconds; `None` without a session.
@@ -294,35 +352,33 @@ pub struct PeerReport {
 }
 
 /// A peer in the state [`PeerState::Unreachable`].
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnreachablePeer {
     /// Name of the node.
     pub name: String,
-    /// Text of the reason ([`UnreachableReason`](skein_core::tunnel::UnreachableReason)).
-    pub reason: String,
+    /// Reason why the peer is unreachable.
+    pub reason: Reported<UnreachableReason>,
 }
 
-/// Connection state of a peer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum PeerState {
-    /// No session and no handshake: there was no traffic yet, or the last session expired unused.
-    Idle,
-    /// A handshake is pending, and the peer is not counted as unreachable.
-    Connecting,
-    /// A session exists, and the peer answers.
-    Established,
-    /// A session or a pending handshake exists, and the peer does not answer.
-    Unreachable,
+report_values! {
+    /// Connection state of a peer.
+    #[derive(Serialize, Deserialize)]
+    #[serde(rename_all = "snake_case")]
+    PeerState {
+        /// No session and no handshake: there was no traffic yet, or the last session expired
+        /// unused.
+        Idle = "idle",
+        /// A handshake is pending, and the peer is not counted as unreachable.
+        Connecting = "connecting",
+        /// A session exists, and the peer answers.
+        Established = "established",
+        /// A session or a pending handshake exists, and the peer does not answer.
+        Unreachable = "unreachable",
+    }
 }
 
 impl fmt::Display for PeerState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            PeerState::Idle => "idle",
-            PeerState::Connecting => "connecting",
-            PeerState::Established => "established",
-            PeerState::Unreachable => "unreachable",
-        })
+        f.write_str(self.text())
     }
 }

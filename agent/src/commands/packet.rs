@@ -94,13 +94,14 @@ fn outer(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use skein_core::drop::Direction;
+    use skein_ipc::capture::PacketKind;
 
     fn seen(inner: bool, bytes: &[u8]) -> CapturedPacket {
         CapturedPacket {
             time_ns: 0,
             lane: Some(0),
-            direction: "egress".to_owned(),
-            reason: None,
+            kind: PacketKind::Forwarded(Direction::Egress.into()),
             outer: None,
             inner,
             packets: 1,

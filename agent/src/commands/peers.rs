@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::anyhow;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
-use skein_ipc::{PeerReport, PeerState, Report};
+use skein_ipc::{PeerReport, PeerState, Report, Reported};
 
 use super::{Output, SampleArgs, json, print, report, runtime, seconds};
 use crate::failure::Failure;
@@ -31,14 +31,14 @@ enum State {
 }
 
 impl State {
-    fn is(self, state: PeerState) -> bool {
+    fn is(self, state: &Reported<PeerState>) -> bool {
         let own = match self {
             State::Idle => PeerState::Idle,
             State::Connecting => PeerState::Connecting,
             State::Established => PeerState::Established,
             State::Unreachable => PeerState::Unreachable,
         };
-        own == state
+        *state == own
     }
 }
 
@@ -132,7 +132,7 @@ fn select<'a>(
     }
     Ok(all.iter().filter(move |peer| {
         (names.is_empty() || names.iter().any(|name| peer.name.contains(name)))
-            && (states.is_empty() || states.iter().any(|state| state.is(peer.state)))
+            && (states.is_empty() || states.iter().any(|state| state.is(&peer.state)))
     }))
 }
 
@@ -145,7 +145,7 @@ fn render(peers: &[Peer]) -> String {
         };
         vec![
             peer.name.as_str().into(),
-            Field::toned(peer.state.to_string(), peer_tone(peer.state)),
+            Field::toned(peer.state.to_string(), peer_tone(&peer.state)),
             peer.endpoint.map_or_else(dash, |endpoint| endpoint.to_string()).into(),
             peer.rtt_us.map_or_else(dash, milliseconds).into(),
             rate(|rates| rates.tx_bits_per_second),
@@ -157,7 +157,7 @@ fn render(peers: &[Peer]) -> String {
             peer.path_mtu.map_or_else(|| "full".to_owned(), |mtu| mtu.to_string()).into(),
             if peer.gso { "yes" } else { "no" }.into(),
             peer.last_received_seconds.map_or_else(dash, age).into(),
-            peer.reason.clone().unwrap_or_default().into(),
+            peer.reason.as_ref().map_or_else(String::new, ToString::to_string).into(),
         ]
     };
     let columns = [
@@ -223,6 +223,9 @@ mod tests {
         let peer = Peer { report: peer("node-b", PeerState::Unreachable), rates: None };
         let text = render(&[peer]);
         let line = text.lines().nth(1).unwrap();
-        assert!(line.contains("unreachable") && line.ends_with("no answer for 7 s"), "{text}");
+        assert!(
+            line.contains("unreachable") && line.ends_with("handshakes get no answer"),
+            "{text}"
+        );
     }
 }

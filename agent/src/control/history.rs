@@ -93,9 +93,8 @@ fn sample(time_ms: u64, report: &Report) -> Sample {
     let lost = |direction: Direction| {
         drops(&|drop| {
             // A reason that this release does not know counts, as in the alert SkeinPacketsDropped.
-            let known = DropReason::from_labels(&drop.direction, &drop.reason);
-            drop.direction == direction.label()
-                && !known.is_some_and(DropReason::is_possible_without_key)
+            drop.kind.direction() == direction.label()
+                && !drop.kind.known().is_some_and(DropReason::is_possible_without_key)
         })
     };
     let [a, b, c, d, e] = direction(|lane| &lane.egress);
@@ -109,14 +108,14 @@ fn sample(time_ms: u64, report: &Report) -> Sample {
 mod tests {
     use super::*;
     use crate::control::supervisor::HEARTBEAT_INTERVAL;
+    use skein_ipc::DropKind;
 
     fn report(packets: u64) -> Report {
         let mut lane = LaneReport { receive_queue_overflow: 2, ..LaneReport::default() };
         lane.egress.inner_packets = packets;
         lane.ingress.calls = 7;
         let drop = |direction: &str, reason: &str, packets| DropReport {
-            direction: direction.to_owned(),
-            reason: reason.to_owned(),
+            kind: DropKind::from_texts(direction, reason),
             packets,
         };
         let drops = vec![

@@ -15,9 +15,10 @@ use axum::routing::get;
 use axum::{Json, Router};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
-use skein_core::drop::DropReason;
+use skein_core::drop::{Direction, DropReason};
+use skein_core::tunnel::Cipher;
 use skein_ipc::keys::PublicKey;
-use skein_ipc::{Capability, PeerState, Report};
+use skein_ipc::{Capability, PeerState, Report, Reported};
 use tokio::sync::watch;
 
 use super::is_own_host;
@@ -133,7 +134,7 @@ struct Status {
     dataplane: Dataplane,
     lanes: usize,
     /// Cipher of the sessions; `None` if they have different ciphers or if there is no session.
-    cipher: Option<String>,
+    cipher: Option<Reported<Cipher>>,
     offloads: Vec<Capability>,
     /// Drops by direction and reason, without those that never occurred.
     drops: Vec<Drops>,
@@ -270,7 +271,7 @@ async fn peers(
     Json(peers::select(&report.peers, &query)).into_response()
 }
 
-fn cipher(report: &Report) -> Option<String> {
+fn cipher(report: &Report) -> Option<Reported<Cipher>> {
     let mut ciphers = report.peers.iter().filter_map(|peer| peer.cipher.as_ref());
     let first = ciphers.next()?;
     ciphers.all(|other| other == first).then(|| first.clone())
@@ -291,17 +292,16 @@ fn drops(report: &Report) -> Vec<Drops> {
     let some = report.drops.iter().filter(|drop| drop.packets > 0);
     let mut drops: Vec<_> = some
         .map(|drop| Drops {
-            meaning: DropReason::from_labels(&drop.direction, &drop.reason)
-                .map_or("", DropReason::meaning),
-            direction: drop.direction.clone(),
-            reason: drop.reason.clone(),
+            meaning: drop.kind.known().map_or("", DropReason::meaning),
+            direction: drop.kind.direction().to_owned(),
+            reason: drop.kind.reason().to_owned(),
             packets: drop.packets,
         })
         .collect();
     let overflow = report.lanes.iter().map(|lane| lane.receive_queue_overflow).sum();
     if overflow > 0 {
         drops.push(Drops {
-            direction: "ingress".to_owned(),
+            direction: Direction::Ingress.label().to_owned(),
             reason: "receive_queue_overflow".to_owned(),
             meaning: "The kernel dropped a datagram because the receive queue of a socket was full.",
             packets: overflow,
@@ -309,7 +309,7 @@ fn drops(report: &Report) -> Vec<Drops> {
     }
     if report.tun_queue_drops > 0 {
         drops.push(Drops {
-            direction: "egress".to_owned(),
+            direction: Direction::Egress.label().to_owned(),
             reason: "tun_queue_full".to_owned(),
             meaning: "The kernel dropped a packet because a queue of the TUN device was full.",
             packets: report.tun_queue_drops,
@@ -350,7 +350,7 @@ mod tests {
     use crate::http::connections::ConnectionLimits;
     use crate::http::tests::{exchange, source, start};
     use crate::status::tests::peer;
-    use skein_ipc::{DropReport, LaneReport};
+    use skein_ipc::{CapabilityName, CapabilityState, DropReport, LaneReport};
 
     async fn server() -> SocketAddr {
         start(router(source().into()), ConnectionLimits::default()).await
@@ -432,14 +432,10 @@ mod tests {
 
     #[test]
     fn nonzero_drops_have_their_meaning() {
-        let drop = |reason: &str, packets| DropReport {
-            direction: "ingress".to_owned(),
-            reason: reason.to_owned(),
-            packets,
-        };
+        let drop = |reason: DropReason, packets| DropReport { kind: reason.into(), packets };
         let lane = LaneReport { receive_queue_overflow: 4, ..LaneReport::default() };
         let drops = drops(&Report {
-            drops: vec![drop("replayed", 3), drop("inner_source", 0)],
+            drops: vec![drop(DropReason::Replayed, 3), drop(DropReason::InnerSource, 0)],
             lanes: vec![lane],
             ..Report::default()
         });
@@ -454,10 +450,10 @@ mod tests {
         let report = Report { peers, ..Report::default() };
         let expected = Peers { total: 2, established: 1, unreachable: 1, ..Peers::default() };
         assert_eq!(count(&report), expected);
-        assert_eq!(cipher(&report).as_deref(), Some("aes256-gcm"));
+        assert_eq!(cipher(&report), Some(Cipher::Aes256Gcm.into()));
         let long = Capability {
-            name: "udp_gso".to_owned(),
-            state: skein_ipc::CapabilityState::Degraded,
+            name: CapabilityName::UdpGso.into(),
+            state: CapabilityState::Degraded.into(),
             reason: Some("ä".repeat(5000)),
         };
         assert_eq!(offload(&long).reason.unwrap().chars().count(), MAX_REASON_CHARS + 1);

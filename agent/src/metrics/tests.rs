@@ -7,7 +7,9 @@ use prometheus::proto::MetricType;
 use skein_core::drop::DropReason;
 use skein_core::tunnel::HandshakeResult;
 use skein_ipc::keys::PublicKey;
-use skein_ipc::{Capability, Confinement, DropReport, HandshakeCount, UnreachablePeer};
+use skein_ipc::{
+    Capability, CapabilityName, Confinement, DropReport, HandshakeCount, Mechanism, UnreachablePeer,
+};
 use skein_netlink::firewall::counters::Counters;
 use skein_netlink::firewall::reconciler::FirewallStatus;
 
@@ -30,30 +32,26 @@ fn report() -> Report {
         pid: std::process::id(),
         lanes: vec![lane, other],
         capabilities: vec![Capability {
-            name: "udp_gso".to_owned(),
-            state: CapabilityState::ForcedOff,
+            name: CapabilityName::UdpGso.into(),
+            state: CapabilityState::ForcedOff.into(),
             reason: Some("switched off".to_owned()),
         }],
         drops: DropReason::ALL
             .iter()
-            .map(|reason| DropReport {
-                direction: reason.direction().label().to_owned(),
-                reason: reason.label().to_owned(),
-                packets: 0,
-            })
+            .map(|reason| DropReport { kind: (*reason).into(), packets: 0 })
             .collect(),
-        handshakes: vec![HandshakeCount { result: "initiated".to_owned(), count: 2 }],
+        handshakes: vec![HandshakeCount { result: HandshakeResult::Initiated.into(), count: 2 }],
         peers: vec![peer("node-b", PeerState::Established)],
         unreachable: vec![UnreachablePeer {
             name: "node-c".to_owned(),
-            reason: UnreachableReason::Deaf.to_string(),
+            reason: UnreachableReason::Deaf.into(),
         }],
         ..Report::default()
     }
 }
 
-fn confinement(mechanism: &str, state: ConfinementState) -> Confinement {
-    Confinement { mechanism: mechanism.to_owned(), state, reason: None }
+fn confinement(mechanism: Mechanism, state: ConfinementState) -> Confinement {
+    Confinement { mechanism: mechanism.into(), state: state.into(), reason: None }
 }
 
 fn input() -> Input {
@@ -65,15 +63,15 @@ fn input() -> Input {
 /// Returns an input with all families and all label values.
 pub(super) fn everything() -> Input {
     let mut report = report();
-    let names = ["tun_uso", "tun_tso", "tun_checksum", "udp_gso", "udp_gro", "udp_ecn"];
-    let names = names.into_iter().chain(["reuseport_steering"]);
-    let on =
-        |name: &str| Capability { name: name.to_owned(), state: CapabilityState::On, reason: None };
-    report.capabilities = names.map(on).collect();
-    let on = ConfinementState::On;
-    report.confinement = [confinement("landlock", on), confinement("seccomp", on)].into();
-    let count =
-        |result: &HandshakeResult| HandshakeCount { result: result.label().to_owned(), count: 0 };
+    let on = |name: &CapabilityName| Capability {
+        name: (*name).into(),
+        state: CapabilityState::On.into(),
+        reason: None,
+    };
+    report.capabilities = CapabilityName::VALUES.iter().map(on).collect();
+    let confined = |mechanism: &Mechanism| confinement(*mechanism, ConfinementState::On);
+    report.confinement = Mechanism::VALUES.iter().map(confined).collect();
+    let count = |result: &HandshakeResult| HandshakeCount { result: (*result).into(), count: 0 };
     report.handshakes = HandshakeResult::ALL.iter().map(count).collect();
     let pool = skein_ipam::PoolUsage {
         cidr: "10.244.1.0/24".parse().unwrap(),
@@ -130,7 +128,7 @@ fn histograms_are_cumulative() {
 fn exactly_one_state_is_set() {
     let mut input = input();
     let report = input.report.as_mut().unwrap();
-    report.confinement = vec![confinement("seccomp", ConfinementState::Failed)];
+    report.confinement = vec![confinement(Mechanism::Seccomp, ConfinementState::Failed)];
     let text = render(&input).unwrap();
     has(&text, "skein_confinement{mechanism=\"seccomp\",state=\"failed\"} 1");
     has(&text, "skein_confinement{mechanism=\"seccomp\",state=\"on\"} 0");

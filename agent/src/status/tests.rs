@@ -1,7 +1,9 @@
 #![allow(clippy::unwrap_used)]
 
+use skein_core::drop::DropReason;
+use skein_core::tunnel::{Cipher, UnreachableReason};
 use skein_ipc::keys::PublicKey;
-use skein_ipc::{Capability, CapabilityState, DropReport};
+use skein_ipc::{Capability, CapabilityName, CapabilityState, DropReport};
 
 use super::*;
 
@@ -12,9 +14,9 @@ pub(crate) fn peer(name: &str, state: PeerState) -> PeerReport {
         public_key: PublicKey([2; 32]),
         endpoint: Some("192.0.2.2:51900".parse().unwrap()),
         pod_cidrs: vec!["10.2.0.0/24".parse().unwrap()],
-        state,
-        reason: (state == PeerState::Unreachable).then(|| "no answer for 7 s".to_owned()),
-        cipher: Some("aes256-gcm".to_owned()),
+        state: state.into(),
+        reason: (state == PeerState::Unreachable).then(|| UnreachableReason::NoAnswer.into()),
+        cipher: Some(Cipher::Aes256Gcm.into()),
         lanes: Some(2),
         handshake_age_seconds: Some(75.2),
         last_received_seconds: Some(0.1),
@@ -34,22 +36,18 @@ pub(crate) fn document(inner: u64) -> Document {
     lane.egress.inner_packets = inner;
     lane.egress.outer_packets = 40_000;
     lane.egress.calls = 1000;
-    let drop = |reason: &str, packets| DropReport {
-        direction: "ingress".to_owned(),
-        reason: reason.to_owned(),
-        packets,
-    };
+    let drop = |reason: DropReason, packets| DropReport { kind: reason.into(), packets };
     let report = Report {
         pid: 42,
         uptime_seconds: 3725.0,
         revision: 7,
         capabilities: vec![Capability {
-            name: "udp_gso".to_owned(),
-            state: CapabilityState::Degraded,
+            name: CapabilityName::UdpGso.into(),
+            state: CapabilityState::Degraded.into(),
             reason: Some("refused towards 192.0.2.2:51900".to_owned()),
         }],
         lanes: vec![lane],
-        drops: vec![drop("replayed", 3), drop("inner_source", 0)],
+        drops: vec![drop(DropReason::Replayed, 3), drop(DropReason::InnerSource, 0)],
         peers: vec![peer("node-b", PeerState::Established), peer("node-c", PeerState::Unreachable)],
         ..Report::default()
     };
@@ -106,7 +104,7 @@ fn status_contains_all_sections() {
             "B"
         ]
     );
-    assert!(text.contains("unreachable: no answer for 7 s"));
+    assert!(text.contains("unreachable: handshakes get no answer"));
     assert_eq!(line(&text, "ingress"), ["ingress", "replayed", "3"]);
     assert!(!text.contains("inner_source"), "Reasons without a drop must not be listed.");
     assert!(text.contains("up 1 h 2 m"));

@@ -11,6 +11,7 @@
 
 pub mod confine;
 pub mod descriptors;
+pub mod fallback;
 pub mod files;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;

@@ -4,8 +4,9 @@ use std::fs;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use super::fallback::{Fallback, Feature};
 use super::in_new_network_namespace;
-use super::tun::{self, TunOffload};
+use super::tun::{self, OpenQueues, TunOffload};
 use super::udp::{self, UdpOptions};
 use super::{landlock, seccomp};
 
@@ -23,6 +24,37 @@ pub struct Probe {
     pub required: bool,
 }
 
+/// Reason why a feature is missing or cannot be probed, with its remedy.
+#[derive(Debug, thiserror::Error)]
+enum ProbeError {
+    #[error("cannot parse the kernel version \"{0}\"")]
+    Release(String),
+    #[error("Linux {release} is too old: use {}.{} or later", .oldest.0, .oldest.1)]
+    OldKernel { release: String, oldest: (u32, u32) },
+    #[error("missing: run as root or grant it, {purpose}")]
+    NoCapability { purpose: &'static str },
+    #[error("cannot read this process's capabilities: {source}")]
+    Capabilities { source: io::Error },
+    #[error("the host does not support IPv6: the agent listens on IPv4 only")]
+    NoIpv6,
+    #[error("the processor has no AES instructions: ChaCha20-Poly1305 is used")]
+    NoAes,
+    #[error("{}", .0.reason)]
+    Fallback(Fallback),
+    #[error(transparent)]
+    Tun(#[from] tun::TunError),
+    #[error(transparent)]
+    Udp(#[from] udp::UdpError),
+    #[error(transparent)]
+    Io(io::Error),
+}
+
+impl From<Fallback> for ProbeError {
+    fn from(fallback: Fallback) -> Self {
+        Self::Fallback(fallback)
+    }
+}
+
 /// Oldest supported kernel version. UDP_GRO exists since 5.0; 5.4 is the next long-term release.
 const OLDEST_KERNEL: (u32, u32) = (5, 4);
 
@@ -38,8 +70,8 @@ pub fn probe_all() -> Vec<Probe> {
         capability("cap_net_admin", CAP_NET_ADMIN, true, "to create the TUN device and its routes"),
         capability("cap_sys_admin", CAP_SYS_ADMIN, false, "to enter network namespaces"),
         ipv6(),
-        result("udp_segment", false, udp::probe_gso().map(|()| "UDP_SEGMENT works".into())),
-        result("udp_gro", false, udp::probe_gro().map(|()| "UDP_GRO works".into())),
+        option("udp_segment", "UDP_SEGMENT", Feature::UdpGso, udp::probe_gso()),
+        option("udp_gro", "UDP_GRO", Feature::UdpGro, udp::probe_gro()),
         aes(),
         mechanism("seccomp", seccomp::probe()),
         mechanism("landlock", landlock::probe()),
@@ -59,39 +91,43 @@ pub fn probe_all() -> Vec<Probe> {
     probes
 }
 
-fn result(name: &'static str, required: bool, result: Result<String, String>) -> Probe {
+fn result(name: &'static str, required: bool, result: Result<String, ProbeError>) -> Probe {
     let ok = result.is_ok();
-    Probe { name, ok, detail: result.unwrap_or_else(|error| error), required }
+    Probe { name, ok, detail: result.unwrap_or_else(|error| error.to_string()), required }
+}
+
+/// Reports a socket option of this name, whose probe has the result `probed`.
+fn option(name: &'static str, option: &str, feature: Feature, probed: io::Result<()>) -> Probe {
+    let found = probed.map(|()| format!("{option} works"));
+    result(name, false, found.map_err(|error| Fallback::refused(feature, &error).into()))
 }
 
 /// Reports a mechanism that confines the data process.
 fn mechanism(name: &'static str, probed: io::Result<()>) -> Probe {
     let found = probed.map(|()| "confines the data process".into());
-    result(name, false, found.map_err(|error| error.to_string()))
+    result(name, false, found.map_err(ProbeError::Io))
 }
 
 fn kernel() -> Probe {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease");
-    result("kernel", true, release.map_err(|error| error.to_string()).and_then(check_release))
+    let checked = release.map_err(ProbeError::Io).and_then(|release| check_release(&release));
+    result("kernel", true, checked)
 }
 
-fn check_release(release: String) -> Result<String, String> {
+fn check_release(release: &str) -> Result<String, ProbeError> {
     let release = release.trim();
     let mut numbers =
         release.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse::<u32>().ok());
     let (Some(major), Some(minor)) = (numbers.next(), numbers.next()) else {
-        return Err(format!("cannot parse the kernel version \"{release}\""));
+        return Err(ProbeError::Release(release.to_owned()));
     };
-    let (oldest_major, oldest_minor) = OLDEST_KERNEL;
     if (major, minor) < OLDEST_KERNEL {
-        return Err(format!(
-            "Linux {release} is too old: use {oldest_major}.{oldest_minor} or later"
-        ));
+        return Err(ProbeError::OldKernel { release: release.to_owned(), oldest: OLDEST_KERNEL });
     }
     Ok(format!("Linux {release}"))
 }
 
-fn capability(name: &'static str, bit: u32, required: bool, purpose: &str) -> Probe {
+fn capability(name: &'static str, bit: u32, required: bool, purpose: &'static str) -> Probe {
     let held = fs::read_to_string("/proc/thread-self/status").and_then(|status| {
         let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
         u64::from_str_radix(line.unwrap_or_default().trim(), 16).map_err(io::Error::other)
@@ -101,8 +137,8 @@ fn capability(name: &'static str, bit: u32, required: bool, purpose: &str) -> Pr
         required,
         match held {
             Ok(mask) if mask & (1 << bit) != 0 => Ok("held".into()),
-            Ok(_) => Err(format!("missing: run as root or grant it, {purpose}")),
-            Err(error) => Err(format!("cannot read this process's capabilities: {error}")),
+            Ok(_) => Err(ProbeError::NoCapability { purpose }),
+            Err(source) => Err(ProbeError::Capabilities { source }),
         },
     )
 }
@@ -110,7 +146,7 @@ fn capability(name: &'static str, bit: u32, required: bool, purpose: &str) -> Pr
 fn ipv6() -> Probe {
     let found = match udp::is_family_supported(Ipv6Addr::UNSPECIFIED.into()) {
         true => Ok("IPv6 sockets can be created".into()),
-        false => Err("the host does not support IPv6: the agent listens on IPv4 only".into()),
+        false => Err(ProbeError::NoIpv6),
     };
     result("ipv6", false, found)
 }
@@ -130,7 +166,7 @@ fn aes() -> Probe {
         if found {
             Ok("the processor has AES instructions".into())
         } else {
-            Err("the processor has no AES instructions: ChaCha20-Poly1305 is used".into())
+            Err(ProbeError::NoAes)
         },
     )
 }
@@ -140,23 +176,15 @@ fn tun_device() -> Vec<Probe> {
     const NAME: &str = "skeinprobe0";
     let opened =
         tun::create_persistent(NAME).and_then(|()| tun::open_queues(NAME, 2, TunOffload::ALL));
-    let (_queues, offload, fallbacks) = match opened {
+    let OpenQueues { queues: _queues, fallbacks, .. } = match opened {
         Ok(opened) => opened,
-        Err(error) => return vec![result("tun", true, Err(error.to_string()))],
-    };
-    let offload_probe = |name: &'static str, on: bool| {
-        let why = fallbacks.iter().find(|(noted, _)| *noted == name).map(|(_, why)| why.clone());
-        result(
-            name,
-            false,
-            if on { Ok("works".into()) } else { Err(why.unwrap_or_else(|| "off".into())) },
-        )
+        Err(error) => return vec![result("tun", true, Err(error.into()))],
     };
     vec![
         result("tun", true, Ok("multi-queue device with vnet header".into())),
-        offload_probe("tun_checksum", offload.checksum),
-        offload_probe("tun_tso", offload.tso),
-        offload_probe("tun_uso", offload.uso),
+        feature(&fallbacks, Feature::TunChecksum, "works"),
+        feature(&fallbacks, Feature::TunTso, "works"),
+        feature(&fallbacks, Feature::TunUso, "works"),
     ]
 }
 
@@ -167,19 +195,23 @@ fn lanes() -> Vec<Probe> {
     let options = UdpOptions { receive_buffer: BUFFER, send_buffer: BUFFER, gro: true, ecn: true };
     let fallbacks = match udp::bind_lanes(address, 2, &options) {
         Ok((_, fallbacks)) => fallbacks,
-        Err(error) => return vec![result("udp", true, Err(error.to_string()))],
+        Err(error) => return vec![result("udp", true, Err(error.into()))],
     };
-    let probe = |name: &'static str, works: &str| {
-        let why = fallbacks.iter().find(|(noted, _)| *noted == name);
-        result(name, false, why.map_or_else(|| Ok(works.into()), |(_, why)| Err(why.clone())))
-    };
+    let probe = |wanted, works| feature(&fallbacks, wanted, works);
     vec![
         result("udp", true, Ok("sockets can be bound".into())),
-        probe("udp_ecn", "the ECN field of received datagrams is reported"),
-        probe("reuseport_steering", "the kernel distributes datagrams by their lane number"),
-        probe("receive_buffer", "8 MiB are available"),
-        probe("send_buffer", "8 MiB are available"),
+        probe(Feature::UdpEcn, "the ECN field of received datagrams is reported"),
+        probe(Feature::ReuseportSteering, "the kernel distributes datagrams by their lane number"),
+        probe(Feature::ReceiveBuffer, "8 MiB are available"),
+        probe(Feature::SendBuffer, "8 MiB are available"),
     ]
+}
+
+/// Reports a feature, which is missing if there is a fallback of it.
+fn feature(fallbacks: &[Fallback], feature: Feature, works: &str) -> Probe {
+    let fallback = fallbacks.iter().find(|fallback| fallback.feature == feature);
+    let found = fallback.map_or_else(|| Ok(works.into()), |found| Err(found.clone().into()));
+    result(feature.label(), false, found)
 }
 
 #[cfg(test)]
@@ -189,10 +221,10 @@ mod tests {
     #[test]
     fn kernel_version_is_accepted_from_5_4() {
         for good in ["5.4.0-generic\n", "5.10", "6.18.44-fc-v669", "7.0.0-rc1"] {
-            assert!(check_release(good.into()).is_ok(), "{good}");
+            assert!(check_release(good).is_ok(), "{good}");
         }
         for bad in ["5.3.18", "4.19.0", "", "Linux"] {
-            assert!(check_release(bad.into()).is_err(), "{bad}");
+            assert!(check_release(bad).is_err(), "{bad}");
         }
     }
 }

@@ -15,12 +15,13 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use tun::AbstractDevice;
 
+use super::fallback::Fallback;
 use super::link::{self, TunLink};
 
 mod offload;
 
+pub use offload::TunOffload;
 use offload::set_best_offload;
-pub use offload::{Fallback, TUN_OFFLOADS, TunOffload};
 
 /// Length of the virtio_net_hdr before every packet in bytes (linux/virtio_net.h).
 pub const VNET_HEADER_LEN: usize = 10;
@@ -146,9 +147,19 @@ pub fn create_persistent(name: &str) -> Result<(), TunError> {
     device.persist().map_err(|source| failed(format!("making {name} persistent"), source.into()))
 }
 
+/// Queues of a TUN device, with the result of the choice of its offloads.
+#[derive(Debug)]
+pub struct OpenQueues {
+    /// Attached queues.
+    pub queues: Vec<TunQueue>,
+    /// Enabled offloads of the device.
+    pub offload: TunOffload,
+    /// Disabled offloads ([`Feature::TUN`](crate::fallback::Feature::TUN)) with their reasons.
+    pub fallbacks: Vec<Fallback>,
+}
+
 /// Attaches `queues` (1 to 256) new queues to an existing device, and enables the offloads that
-/// `allowed` permits and the kernel supports. Returns the queues, the enabled offloads, and the
-/// disabled ones with their reasons ([`TUN_OFFLOADS`]).
+/// `allowed` permits and the kernel supports.
 ///
 /// A device that another process uses is tried again for 500 ms, because the process may be closing
 /// it.
@@ -159,27 +170,20 @@ pub fn create_persistent(name: &str) -> Result<(), TunError> {
 /// another process uses it; [`TunError::Name`] if the name is invalid; [`TunError::NotFound`] if
 /// `/dev/net/tun` or its kernel module is missing; [`TunError::Permission`] for EPERM and EACCES;
 /// [`TunError::Io`] for a number of queues outside 1 to 256, and for all other errors.
-pub fn open_queues(
-    name: &str,
-    queues: usize,
-    allowed: TunOffload,
-) -> Result<(Vec<TunQueue>, TunOffload, Vec<Fallback>), TunError> {
+pub fn open_queues(name: &str, queues: usize, allowed: TunOffload) -> Result<OpenQueues, TunError> {
     check_name(name)?;
     if !(1..=MAX_QUEUES).contains(&queues) {
         let source = io::Error::new(io::ErrorKind::InvalidInput, "1 to 256 queues are allowed");
         return Err(failed(format!("attaching {queues} queues to {name}"), source));
     }
     let index = wait_until_unused(name)?;
-    let mut open = Vec::with_capacity(queues);
-    for _ in 0..queues {
-        open.push(attach(name, index)?);
-    }
+    let queues = (0..queues).map(|_| attach(name, index)).collect::<Result<Vec<_>, _>>()?;
     // The mask of the last queue applies to the whole device, so that all queues get the same mask.
     let (offload, fallbacks) = set_best_offload(allowed, |offload| {
-        open.iter().try_for_each(|queue| queue.set_offload(offload))
+        queues.iter().try_for_each(|queue| queue.set_offload(offload))
     })
     .map_err(|source| failed(format!("setting the offloads of {name}"), source))?;
-    Ok((open, offload, fallbacks))
+    Ok(OpenQueues { queues, offload, fallbacks })
 }
 
 /// Returns the queue of a descriptor that another process opened and passed to this process. `name`

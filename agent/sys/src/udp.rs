@@ -12,8 +12,8 @@ use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 
 use skein_core::wire::header::LANE_OFFSET;
 
+use super::fallback::{Fallback, Feature};
 use super::sockopt;
-use super::tun::Fallback;
 
 /// Buffer sizes and features of the sockets.
 #[derive(Debug, Clone, Copy)]
@@ -98,9 +98,9 @@ pub enum UdpError {
 /// to the receive socket with the index of its lane byte modulo `lanes`. Port 0 binds an ephemeral
 /// port.
 ///
-/// The second value lists the features that the kernel refused or the options disable: `udp_gro`,
-/// `udp_ecn`, `reuseport_steering`, and `receive_buffer` or `send_buffer` if the buffer is smaller
-/// than requested.
+/// The second value lists the features that the kernel refused or the options disable: `UdpGro`,
+/// `UdpEcn`, `ReuseportSteering`, and `ReceiveBuffer` or `SendBuffer` if the buffer is smaller than
+/// requested.
 ///
 /// # Errors
 /// [`UdpError::AddrInUse`] if any other socket uses the port, even a socket of this process or a
@@ -137,11 +137,7 @@ pub fn bind_lanes(
     if let [first, _, ..] = group.as_slice()
         && let Err(error) = steer_by_lane(first.as_fd(), group.len())
     {
-        push_fallback(
-            &mut fallbacks,
-            "reuseport_steering",
-            format!("the kernel refused it: {error}"),
-        );
+        push_fallback(&mut fallbacks, Fallback::refused(Feature::ReuseportSteering, &error));
     }
 
     let mut sockets = Vec::with_capacity(group.len());
@@ -154,14 +150,10 @@ pub fn bind_lanes(
         match options.ecn {
             true => {
                 if let Err(error) = report_ecn(receive.as_fd(), address.is_ipv4(), true) {
-                    push_fallback(
-                        &mut fallbacks,
-                        "udp_ecn",
-                        format!("the kernel refused it: {error}"),
-                    );
+                    push_fallback(&mut fallbacks, Fallback::refused(Feature::UdpEcn, &error));
                 }
             }
-            false => push_fallback(&mut fallbacks, "udp_ecn", "off in the configuration".into()),
+            false => push_fallback(&mut fallbacks, Fallback::disabled(Feature::UdpEcn)),
         }
         set_buffer_size(&receive, Buffer::Receive, options.receive_buffer, &mut fallbacks);
 
@@ -184,16 +176,16 @@ pub fn bind_manager(address: SocketAddr, options: &UdpOptions) -> Result<UdpSock
 /// Checks that sockets of this host support UDP_SEGMENT.
 ///
 /// # Errors
-/// The kernel's refusal of the socket option, for users.
-pub fn probe_gso() -> Result<(), String> {
+/// The kernel's refusal of the socket option.
+pub fn probe_gso() -> io::Result<()> {
     probe_option(libc::UDP_SEGMENT, 1_200)
 }
 
 /// Checks that sockets of this host support UDP_GRO.
 ///
 /// # Errors
-/// The kernel's refusal of the socket option, for users.
-pub fn probe_gro() -> Result<(), String> {
+/// The kernel's refusal of the socket option.
+pub fn probe_gro() -> io::Result<()> {
     probe_option(libc::UDP_GRO, 1)
 }
 
@@ -234,11 +226,10 @@ pub fn longest_payload(
     Ok(limit.map_or(LongestPayload::Unknown, LongestPayload::Limit))
 }
 
-fn probe_option(option: i32, value: i32) -> Result<(), String> {
+fn probe_option(option: i32, value: i32) -> io::Result<()> {
     Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP))
         .or_else(|_| Socket::new(Domain::IPV6, Type::DGRAM, Some(Protocol::UDP)))
         .and_then(|socket| sockopt::set_int(socket.as_fd(), libc::SOL_UDP, option, value))
-        .map_err(|error| format!("the kernel refused it: {error}"))
 }
 
 fn bind_sender(
@@ -310,13 +301,13 @@ fn instruction(code: u32, k: u32) -> libc::sock_filter {
 
 fn enable_gro(socket: BorrowedFd<'_>, allowed: bool, fallbacks: &mut Vec<Fallback>) -> bool {
     if !allowed {
-        push_fallback(fallbacks, "udp_gro", "off in the configuration".into());
+        push_fallback(fallbacks, Fallback::disabled(Feature::UdpGro));
         return false;
     }
     match sockopt::set_int(socket, libc::SOL_UDP, libc::UDP_GRO, 1) {
         Ok(()) => true,
         Err(error) => {
-            push_fallback(fallbacks, "udp_gro", format!("the kernel refused it: {error}"));
+            push_fallback(fallbacks, Fallback::refused(Feature::UdpGro, &error));
             false
         }
     }
@@ -345,9 +336,9 @@ enum Buffer {
 /// Sets the size of a socket buffer in bytes. A smaller buffer than requested is a fallback, not an
 /// error.
 fn set_buffer_size(socket: &Socket, buffer: Buffer, size: usize, fallbacks: &mut Vec<Fallback>) {
-    let (name, force, sysctl) = match buffer {
-        Buffer::Receive => ("receive_buffer", libc::SO_RCVBUFFORCE, "net.core.rmem_max"),
-        Buffer::Send => ("send_buffer", libc::SO_SNDBUFFORCE, "net.core.wmem_max"),
+    let (feature, force, sysctl) = match buffer {
+        Buffer::Receive => (Feature::ReceiveBuffer, libc::SO_RCVBUFFORCE, "net.core.rmem_max"),
+        Buffer::Send => (Feature::SendBuffer, libc::SO_SNDBUFFORCE, "net.core.wmem_max"),
     };
     // The kernel stores twice the value in an int.
     let size = i32::try_from(size).unwrap_or(i32::MAX).min(i32::MAX / 2);
@@ -363,22 +354,21 @@ fn set_buffer_size(socket: &Socket, buffer: Buffer, size: usize, fallbacks: &mut
             socket.set_send_buffer_size(size as usize).and_then(|()| socket.send_buffer_size())
         }
     };
-    match effective {
-        Ok(bytes) if bytes / 2 >= size as usize => {}
+    let reason = match effective {
+        Ok(bytes) if bytes / 2 >= size as usize => return,
         Ok(bytes) => {
             let got = bytes / 2;
-            let text =
-                format!("{got} bytes instead of {size}: raise {sysctl} or grant CAP_NET_ADMIN");
-            push_fallback(fallbacks, name, text);
+            format!("{got} bytes instead of {size}: raise {sysctl} or grant CAP_NET_ADMIN")
         }
-        Err(error) => push_fallback(fallbacks, name, format!("cannot be set: {error}")),
-    }
+        Err(error) => format!("cannot be set: {error}"),
+    };
+    push_fallback(fallbacks, Fallback { feature, reason });
 }
 
-/// Adds a fallback unless there is one of the same name, because the sockets of all lanes get the
-/// same refusals.
-fn push_fallback(fallbacks: &mut Vec<Fallback>, name: &'static str, why: String) {
-    if fallbacks.iter().all(|(noted, _)| *noted != name) {
-        fallbacks.push((name, why));
+/// Adds a fallback unless there is one of the same feature, because the sockets of all lanes get
+/// the same refusals.
+fn push_fallback(fallbacks: &mut Vec<Fallback>, fallback: Fallback) {
+    if fallbacks.iter().all(|noted| noted.feature != fallback.feature) {
+        fallbacks.push(fallback);
     }
 }

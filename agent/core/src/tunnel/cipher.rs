@@ -15,6 +15,9 @@ pub enum Cipher {
 }
 
 impl Cipher {
+    /// All ciphers.
+    pub const ALL: [Self; 2] = [Self::Aes256Gcm, Self::ChaCha20Poly1305];
+
     /// Returns the name in configuration, reports and metrics.
     pub const fn label(self) -> &'static str {
         match self {
@@ -33,7 +36,7 @@ impl Cipher {
 
     /// Returns the cipher with this number.
     pub(crate) fn from_number(number: u8) -> Option<Self> {
-        [Self::Aes256Gcm, Self::ChaCha20Poly1305].into_iter().find(|c| c.number() == number)
+        Self::ALL.into_iter().find(|c| c.number() == number)
     }
 
     pub(crate) fn algorithm(self) -> &'static aead::Algorithm {

@@ -386,11 +386,10 @@ impl Engine {
         &mut self.shared.drops
     }
 
-    /// Returns the number of handshakes by the label of their [`HandshakeResult`], including labels
-    /// with zero.
-    pub fn handshakes(&self) -> impl Iterator<Item = (&'static str, u64)> + '_ {
+    /// Returns the number of handshakes by result, including results with zero.
+    pub fn handshakes(&self) -> impl Iterator<Item = (HandshakeResult, u64)> + '_ {
         let counts = &self.shared.counts;
-        HandshakeResult::ALL.iter().map(|&result| (result.label(), counts.get(result)))
+        HandshakeResult::ALL.iter().map(|&result| (result, counts.get(result)))
     }
 
     /// Returns the number of handshakes with this result.

@@ -31,6 +31,10 @@ pub enum UnreachableReason {
 }
 
 impl UnreachableReason {
+    /// All reasons.
+    pub const ALL: [Self; 5] =
+        [Self::NoEndpoint, Self::NoAnswer, Self::Silent, Self::Deaf, Self::NoCommonCipher];
+
     /// Reasons that make a peer [unreachable](crate::tunnel::PeerState::Unreachable).
     pub const OF_UNREACHABLE: [Self; 4] =
         [Self::NoAnswer, Self::Silent, Self::Deaf, Self::NoCommonCipher];

@@ -75,7 +75,7 @@ fn control_messages_are_checked_and_limited_by_session() {
 
 /// Receives `datagrams` in a lane, `age` seconds after the session was established. Returns the
 /// drops and the datagrams in the manager's queue; no manager runs.
-fn receive(age: u64, datagrams: &[&[u8]]) -> (Vec<String>, Vec<Box<[u8]>>) {
+fn receive(age: u64, datagrams: &[&[u8]]) -> (Vec<DropReason>, Vec<Box<[u8]>>) {
     receive_with(HandshakeFilter::default(), age, datagrams)
 }
 
@@ -83,7 +83,7 @@ fn receive_with(
     handshakes: HandshakeFilter,
     age: u64,
     datagrams: &[&[u8]],
-) -> (Vec<String>, Vec<Box<[u8]>>) {
+) -> (Vec<DropReason>, Vec<Box<[u8]>>) {
     let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
     let tables = testing::tables(peer.local_addr().unwrap());
@@ -98,12 +98,12 @@ fn receive_with(
     }
     ingress.run(&mut lane, &mut tables, ReceiveSocket { index: 0, fd: socket.as_fd() }, None);
     let drops = drop_report(&[&lane.stats.drops]).into_iter();
-    let drops = drops.flat_map(|drop| vec![drop.reason; drop.packets as usize]).collect();
+    let drops = drops.flat_map(|drop| vec![drop.kind.known().unwrap(); drop.packets as usize]);
     let taken = queue.try_iter().map(|message| match message {
         ToManager::Datagram { datagram, .. } => datagram,
         _ => panic!("Only datagrams were sent."),
     });
-    (drops, taken.collect())
+    (drops.collect(), taken.collect())
 }
 
 fn engine(private_key: u8) -> Engine {
@@ -138,10 +138,10 @@ fn manager_gets_no_handshakes_with_wrong_mac1() {
     let datagrams = [&changed, &response, &short_cookie, &cookie, &initiation];
     let (drops, taken) =
         receive_with(responder.handshake_filter(), 1, &datagrams.map(Vec::as_slice));
-    assert_eq!(drops, ["handshake_invalid"; 3]);
+    assert_eq!(drops, [DropReason::HandshakeInvalid; 3]);
     assert_eq!(taken, [cookie.into(), initiation.clone().into_boxed_slice()]);
     // The tables before the first publication have no identity.
-    assert_eq!(receive(1, &[&initiation]), (vec!["handshake_invalid".to_owned()], Vec::new()));
+    assert_eq!(receive(1, &[&initiation]), (vec![DropReason::HandshakeInvalid], Vec::new()));
 }
 
 fn seal(lane: u8, plaintext: &[u8]) -> Vec<u8> {
@@ -155,10 +155,10 @@ fn seal(lane: u8, plaintext: &[u8]) -> Vec<u8> {
 fn session_ends_after_180_s_without_a_manager() {
     let data = seal(0, &testing::packet(1, 0, 10));
     // Packets that pass all checks fail at the TUN device, because there is none.
-    assert_eq!(receive(179, &[&data]).0, ["tun_write"]);
-    assert_eq!(receive(180, &[&data]).0, ["session_expired"]);
+    assert_eq!(receive(179, &[&data]).0, [DropReason::TunWrite]);
+    assert_eq!(receive(180, &[&data]).0, [DropReason::SessionExpired]);
     let control = seal(CONTROL_LANE, &[1; 21]);
-    assert_eq!(receive(180, &[&control]), (vec!["session_expired".to_owned()], Vec::new()));
+    assert_eq!(receive(180, &[&control]), (vec![DropReason::SessionExpired], Vec::new()));
 }
 
 #[test]
@@ -169,7 +169,7 @@ fn manager_gets_no_spoofed_or_replayed_control_messages() {
     let mut of_data_lane = control.clone();
     of_data_lane[2] = 0;
     let (drops, taken) = receive(1, &[&forged, &of_data_lane, &control, &control]);
-    assert_eq!(drops, ["outer_header", "auth_failed", "replayed"]);
+    assert_eq!(drops, [DropReason::OuterHeader, DropReason::AuthFailed, DropReason::Replayed]);
     assert_eq!(taken, [control.into_boxed_slice()], "The engine opens the message again.");
 }
 

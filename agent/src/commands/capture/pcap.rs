@@ -63,14 +63,15 @@ impl<W: Write> Pcap<W> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use skein_core::drop::Direction;
+    use skein_ipc::capture::PacketKind;
 
     #[test]
     fn file_has_headers_of_pcap_2_4() {
         let seen = CapturedPacket {
             time_ns: 3_000_000_007,
             lane: Some(0),
-            direction: "egress".to_owned(),
-            reason: None,
+            kind: PacketKind::Forwarded(Direction::Egress.into()),
             outer: None,
             inner: true,
             packets: 1,

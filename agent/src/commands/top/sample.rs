@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use serde::Serialize;
-use skein_ipc::{DirectionReport, HistogramReport, LaneReport, PeerState, Report};
+use skein_core::drop::Direction;
+use skein_ipc::{DirectionReport, HistogramReport, LaneReport, PeerState, Report, Reported};
 
 use crate::commands::peers::Rates;
 use crate::status::Document;
@@ -59,7 +60,7 @@ pub(super) struct Drop {
 #[derive(Debug, Serialize)]
 pub(super) struct Peer {
     pub(super) name: String,
-    pub(super) state: PeerState,
+    pub(super) state: Reported<PeerState>,
     pub(super) rtt_us: Option<u64>,
     pub(super) rates: Option<Rates>,
 }
@@ -134,33 +135,38 @@ impl Flow {
     }
 }
 
+impl Drop {
+    /// Returns the drops of one reason from the totals at both samples, `seconds` apart.
+    fn between(direction: &str, reason: &str, [then, now]: [u64; 2], seconds: f64) -> Self {
+        Self {
+            direction: direction.to_owned(),
+            reason: reason.to_owned(),
+            packets_per_second: now.saturating_sub(then) as f64 / seconds,
+            packets: now,
+        }
+    }
+}
+
 fn drops(before: &Report, now: &Report, seconds: f64) -> Vec<Drop> {
     let mut drops: Vec<Drop> = now
         .drops
         .iter()
         .map(|drop| {
-            let same = |other: &&skein_ipc::DropReport| {
-                other.reason == drop.reason && other.direction == drop.direction
-            };
+            let same = |other: &&skein_ipc::DropReport| other.kind == drop.kind;
             let then = before.drops.iter().find(same).map_or(0, |drop| drop.packets);
-            (drop.direction.clone(), drop.reason.clone(), then, drop.packets)
+            Drop::between(drop.kind.direction(), drop.kind.reason(), [then, drop.packets], seconds)
         })
         // The kernel drops these packets before Skein receives them.
         .chain([{
             let sum = |report: &Report| report.lanes.iter().map(|l| l.receive_queue_overflow).sum();
-            ("ingress".to_owned(), "receive_queue_overflow".to_owned(), sum(before), sum(now))
+            let (direction, counts) = (Direction::Ingress.label(), [sum(before), sum(now)]);
+            Drop::between(direction, "receive_queue_overflow", counts, seconds)
         }])
         .chain([{
-            let counts = (before.tun_queue_drops, now.tun_queue_drops);
-            ("egress".to_owned(), "tun_queue_full".to_owned(), counts.0, counts.1)
+            let counts = [before.tun_queue_drops, now.tun_queue_drops];
+            Drop::between(Direction::Egress.label(), "tun_queue_full", counts, seconds)
         }])
-        .filter(|(.., packets)| *packets > 0)
-        .map(|(direction, reason, then, packets)| Drop {
-            direction,
-            reason,
-            packets_per_second: packets.saturating_sub(then) as f64 / seconds,
-            packets,
-        })
+        .filter(|drop| drop.packets > 0)
         .collect();
     let order = |a: &Drop, b: &Drop| {
         b.packets_per_second.total_cmp(&a.packets_per_second).then(b.packets.cmp(&a.packets))
@@ -175,7 +181,7 @@ fn peers(before: &Report, now: &Report, time: Duration) -> Vec<Peer> {
         .iter()
         .map(|peer| Peer {
             name: peer.name.clone(),
-            state: peer.state,
+            state: peer.state.clone(),
             rtt_us: peer.rtt_us,
             rates: Rates::between(before, peer, time),
         })
@@ -195,6 +201,7 @@ fn peers(before: &Report, now: &Report, time: Duration) -> Vec<Peer> {
 mod tests {
     use super::*;
     use crate::status::tests::{document, peer};
+    use skein_core::drop::DropReason;
     use skein_ipc::DropReport;
 
     fn samples() -> (Document, Document) {
@@ -209,11 +216,7 @@ mod tests {
         let lane = &mut report.lanes[0];
         lane.receive_queue_overflow = 7;
         lane.egress.packets_per_call = HistogramReport { buckets: vec![0, 10], sum: 20 };
-        report.drops.push(DropReport {
-            direction: "egress".to_owned(),
-            reason: "no_route".to_owned(),
-            packets: 100,
-        });
+        report.drops.push(DropReport { kind: DropReason::NoRoute.into(), packets: 100 });
         (before, now)
     }
 

@@ -76,7 +76,7 @@ pub(super) fn lines(sample: &Sample, (width, height): (usize, usize)) -> Vec<Str
             rate(|rates| rates.rx_packets_per_second),
         );
         let lost = peer.state == PeerState::Unreachable;
-        lines.push((text, if lost { peer_tone(peer.state) } else { Tone::Plain }));
+        lines.push((text, if lost { peer_tone(&peer.state) } else { Tone::Plain }));
     }
     let cut = |text: &str| text.chars().take(width).collect::<String>();
     lines.into_iter().map(|(text, tone)| paint(&cut(&text), tone)).take(height).collect()

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde_json::json;
-use skein_ipc::Report;
-use skein_ipc::capture::{CaptureKind, CaptureRequest, CapturedPacket};
+use skein_ipc::capture::{CaptureKind, CaptureRequest, CapturedPacket, PacketKind};
+use skein_ipc::{DropKind, Report};
 use tokio::time::Instant;
 
 use crate::commands::packet::describe;
@@ -26,9 +26,6 @@ pub(super) struct Limits {
     pub(super) duration: Option<Duration>,
 }
 
-/// Direction and reason of a drop.
-type Kind = (String, String);
-
 /// Prints drops until the limits are reached, the reader closes the pipe, or a signal arrives.
 pub(super) async fn follow(agent: &Agent, limits: &Limits, output: Output) -> Result<(), Failure> {
     let mut signals =
@@ -40,7 +37,7 @@ pub(super) async fn follow(agent: &Agent, limits: &Limits, output: Output) -> Re
     let end = limits.duration.map(|duration| Instant::now() + duration);
     // Counters at the start, counters one interval ago, and the drops that were already printed.
     let start = totals(&counters.report(false).await.map_err(capture_client::failure)?);
-    let (mut before, mut printed) = (start.clone(), BTreeMap::<Kind, u64>::new());
+    let (mut before, mut printed) = (start.clone(), BTreeMap::<DropKind, u64>::new());
     let (mut requested, mut left) = (Instant::now(), limits.count.unwrap_or(u64::MAX));
     if output == Output::Table {
         print(
@@ -54,8 +51,9 @@ pub(super) async fn follow(agent: &Agent, limits: &Limits, output: Output) -> Re
             () = sleep_until(end) => break,
         };
         for seen in seen {
-            let kind = (seen.direction.clone(), seen.reason.clone().unwrap_or_default());
-            *printed.entry(kind).or_default() += seen.packets;
+            if let PacketKind::Dropped(kind) = &seen.kind {
+                *printed.entry(kind.clone()).or_default() += seen.packets;
+            }
             left = left.saturating_sub(seen.packets);
             if !print_if_open(&packet_line(&seen, output)?)? || left == 0 {
                 return Ok(());
@@ -88,26 +86,24 @@ async fn sleep_until(end: Option<Instant>) {
     }
 }
 
-fn totals(report: &Report) -> BTreeMap<Kind, u64> {
-    let total = |d: &skein_ipc::DropReport| ((d.direction.clone(), d.reason.clone()), d.packets);
-    report.drops.iter().map(total).collect()
+fn totals(report: &Report) -> BTreeMap<DropKind, u64> {
+    report.drops.iter().map(|drop| (drop.kind.clone(), drop.packets)).collect()
 }
 
 fn packet_line(seen: &CapturedPacket, output: Output) -> Result<String, Failure> {
     let packet = describe(seen);
-    let reason = seen.reason.as_deref().unwrap_or_default();
+    let (direction, reason) = (seen.kind.direction(), seen.kind.reason().unwrap_or_default());
     let lane = seen.lane.map_or_else(|| "-".to_owned(), |lane| lane.to_string());
     let node = seen.outer.map_or_else(|| "-".to_owned(), |outer| outer.to_string());
     match output {
         Output::Json => line(&json!({
-            "time_ns": seen.time_ns, "direction": seen.direction, "reason": reason,
+            "time_ns": seen.time_ns, "direction": direction, "reason": reason,
             "packets": seen.packets, "lane": seen.lane, "node": seen.outer,
             "inner": seen.inner, "packet": packet,
         })),
         Output::Table => Ok(format!(
-            "{}  {:<9}  {}  {lane:>4}  {node:<21}  {packet}\n",
+            "{}  {direction:<9}  {}  {lane:>4}  {node:<21}  {packet}\n",
             time(seen.time_ns),
-            seen.direction,
             paint(&format!("{reason:<20}"), Tone::Bad),
         )),
     }
@@ -115,11 +111,8 @@ fn packet_line(seen: &CapturedPacket, output: Output) -> Result<String, Failure>
 
 /// Formats the number of drops without a captured packet: too many at once, or drops of which only
 /// the number is known.
-fn remainder_line(
-    (direction, reason): &Kind,
-    packets: u64,
-    output: Output,
-) -> Result<String, Failure> {
+fn remainder_line(kind: &DropKind, packets: u64, output: Output) -> Result<String, Failure> {
+    let (direction, reason) = (kind.direction(), kind.reason());
     match output {
         Output::Json => line(&json!({
             "direction": direction, "reason": reason, "packets": packets,

@@ -219,10 +219,10 @@ fn session(peer: &PeerReport, steps: &mut Steps) {
     if let Some(reason) = &peer.reason {
         detail += &format!(": {reason}");
     }
-    let grade = match peer.state {
-        PeerState::Established => Good,
-        PeerState::Unreachable => Bad,
-        PeerState::Idle | PeerState::Connecting => Note,
+    let grade = match peer.state.known() {
+        Some(PeerState::Established) => Good,
+        Some(PeerState::Unreachable) => Bad,
+        Some(PeerState::Idle | PeerState::Connecting) | None => Note,
     };
     if peer.state == PeerState::Idle {
         detail += ": the first packet starts a handshake";
@@ -363,7 +363,7 @@ mod tests {
     fn verdict_names_step_that_stops_packet() {
         let mut facts = passing();
         facts.peer.as_mut().unwrap().0 = peer("node-b", PeerState::Unreachable);
-        stops(&facts, "session", "no answer for 7 s");
+        stops(&facts, "session", "handshakes get no answer");
         let mut facts = passing();
         facts.route = route_by("eth0", RouteLookup::default());
         stops(&facts, "route", "by eth0 and not by skein0");

@@ -190,7 +190,7 @@ impl From<&Capability> for CapabilityStatus {
     fn from(capability: &Capability) -> Self {
         let Capability { name, state, reason } = capability;
         let reason = reason.as_deref().map(|reason| message_excerpt(reason).into_owned());
-        Self { name: name.clone(), state: state.to_string(), reason }
+        Self { name: name.text().to_owned(), state: state.to_string(), reason }
     }
 }
 
@@ -199,7 +199,7 @@ pub fn offloads(capabilities: &[Capability]) -> String {
     let on: Vec<&str> = capabilities
         .iter()
         .filter(|capability| capability.state == CapabilityState::On)
-        .map(|capability| capability.name.as_str())
+        .map(|capability| capability.name.text())
         .collect();
     match on.len() {
         0 => "none".to_owned(),
@@ -211,6 +211,8 @@ pub fn offloads(capabilities: &[Capability]) -> String {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use skein_ipc::CapabilityName;
+
     use super::*;
 
     #[test]
@@ -316,18 +318,18 @@ mod tests {
             assert!(error.len() < 1_500, "{} bytes", error.len());
         }
         let reason = Some(huge);
-        let capability =
-            Capability { name: "tun_uso".into(), state: CapabilityState::ForcedOff, reason };
+        let (name, state) = (CapabilityName::TunUso.into(), CapabilityState::ForcedOff.into());
+        let capability = Capability { name, state, reason };
         assert!(CapabilityStatus::from(&capability).reason.unwrap().len() < 2_048);
     }
 
     #[test]
     fn offloads_are_all_none_or_their_names() {
         let with = |states: &[CapabilityState]| {
-            let named = states.iter().zip(["tun_uso", "udp_gso"]);
+            let named = states.iter().zip([CapabilityName::TunUso, CapabilityName::UdpGso]);
             offloads(&Vec::from_iter(named.map(|(&state, name)| Capability {
                 name: name.into(),
-                state,
+                state: state.into(),
                 reason: None,
             })))
         };

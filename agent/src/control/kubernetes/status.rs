@@ -28,9 +28,24 @@ pub(super) struct ObservedState<'a> {
     pub(super) mtu: u16,
     /// Reasons why the agent is not ready.
     pub(super) reasons: &'a [String],
-    pub(super) unreachable: &'a [UnreachablePeer],
+    pub(super) unreachable: &'a [UnreachedPeer],
     /// Status of the firewall; `None` until the firewall was started.
     pub(super) firewall: Option<&'a FirewallStatus>,
+}
+
+/// A peer that the node does not reach over the overlay.
+#[derive(Debug, Clone)]
+pub(super) struct UnreachedPeer {
+    /// Name of the node.
+    pub(super) name: String,
+    /// Reason, for users.
+    pub(super) reason: String,
+}
+
+impl From<&UnreachablePeer> for UnreachedPeer {
+    fn from(peer: &UnreachablePeer) -> Self {
+        Self { name: peer.name.clone(), reason: peer.reason.to_string() }
+    }
 }
 
 /// Returns the status for the observed state. `before` is the present status; the transition time
@@ -114,7 +129,7 @@ pub(super) fn unready(
 }
 
 /// Returns the names and reasons of the first unreachable peers, and the number of further ones.
-fn names(silent: &[UnreachablePeer]) -> String {
+fn names(silent: &[UnreachedPeer]) -> String {
     let each =
         silent.iter().take(MAX_NAMED_PEERS).map(|peer| format!("{} ({})", peer.name, peer.reason));
     let text = shortened(&each.collect::<Vec<_>>().join(", "));
@@ -169,7 +184,7 @@ pub(super) fn text(now: Timestamp) -> String {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use skein_ipc::CapabilityState;
+    use skein_ipc::{CapabilityName, CapabilityState};
 
     fn at(seconds: i64) -> Timestamp {
         Timestamp::from_second(seconds).unwrap()
@@ -178,7 +193,7 @@ mod tests {
     fn known<'a>(
         capabilities: &'a [Capability],
         reasons: &'a [String],
-        unreachable: &'a [UnreachablePeer],
+        unreachable: &'a [UnreachedPeer],
     ) -> ObservedState<'a> {
         ObservedState {
             generation: Some(1),
@@ -190,15 +205,17 @@ mod tests {
         }
     }
 
-    fn silent(name: &str) -> UnreachablePeer {
-        UnreachablePeer { name: name.into(), reason: "nothing comes back".into() }
+    fn udp_gso(state: CapabilityState) -> Capability {
+        Capability { name: CapabilityName::UdpGso.into(), state: state.into(), reason: None }
+    }
+
+    fn silent(name: &str) -> UnreachedPeer {
+        UnreachedPeer { name: name.into(), reason: "nothing comes back".into() }
     }
 
     #[test]
     fn transition_time_changes_with_the_status_only() {
-        let capability = |state| Capability { name: "udp_gso".into(), state, reason: None };
-        let (on, off) =
-            ([capability(CapabilityState::On)], [capability(CapabilityState::Degraded)]);
+        let (on, off) = ([udp_gso(CapabilityState::On)], [udp_gso(CapabilityState::Degraded)]);
         let first = status(None, &known(&on, &[], &[]), at(1));
         assert_eq!(first.conditions[0].last_transition_time, "1970-01-01T00:00:01Z");
         assert_eq!(status(Some(&first), &known(&on, &[], &[]), at(9)), first);
@@ -267,7 +284,7 @@ mod tests {
 
     #[test]
     fn unready_agent_changes_its_readiness_only() {
-        let on = [Capability { name: "udp_gso".into(), state: CapabilityState::On, reason: None }];
+        let on = [udp_gso(CapabilityState::On)];
         let well = status(None, &known(&on, &[], &[silent("node-b")]), at(1));
         let ill = unready(Some(&well), Some(2), &["why".into()], at(9));
         let (ready, peers) = (&ill.conditions[0], &ill.conditions[1]);

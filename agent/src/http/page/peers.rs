@@ -3,7 +3,7 @@
 use std::cmp::Ordering;
 
 use serde::{Deserialize, Serialize};
-use skein_ipc::{PeerReport, PeerState};
+use skein_ipc::{PeerReport, PeerState, Reported};
 
 /// Maximum number of peers in one answer.
 const MAX_PEERS: usize = 200;
@@ -82,7 +82,7 @@ fn contains(peer: &PeerReport, search: &str) -> bool {
         || has(&peer.name)
         || peer.endpoint.is_some_and(|endpoint| has(&endpoint.to_string()))
         || peer.pod_cidrs.iter().any(|cidr| has(&cidr.to_string()))
-        || peer.reason.as_deref().is_some_and(has)
+        || peer.reason.as_ref().is_some_and(|reason| has(reason.text()))
 }
 
 fn order(a: &PeerReport, b: &PeerReport, query: &PeerQuery) -> Ordering {
@@ -92,7 +92,7 @@ fn order(a: &PeerReport, b: &PeerReport, query: &PeerQuery) -> Ordering {
     }
     let value = |peer: &PeerReport| match query.sort {
         Sort::Name => None,
-        Sort::State => Some(urgency(peer.state)),
+        Sort::State => Some(urgency(&peer.state)),
         Sort::Rtt => peer.rtt_us.map(|us| us as f64),
         Sort::Heard => peer.last_received_seconds,
         Sort::Sent => Some(peer.tx_bytes as f64),
@@ -106,12 +106,12 @@ fn order(a: &PeerReport, b: &PeerReport, query: &PeerQuery) -> Ordering {
     }
 }
 
-fn urgency(state: PeerState) -> f64 {
-    match state {
-        PeerState::Unreachable => 0.0,
-        PeerState::Connecting => 1.0,
-        PeerState::Established => 2.0,
-        PeerState::Idle => 3.0,
+fn urgency(state: &Reported<PeerState>) -> f64 {
+    match state.known() {
+        Some(PeerState::Unreachable) => 0.0,
+        Some(PeerState::Connecting) => 1.0,
+        Some(PeerState::Established) => 2.0,
+        Some(PeerState::Idle) | None => 3.0,
     }
 }
 

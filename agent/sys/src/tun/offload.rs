@@ -4,6 +4,8 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
+use crate::fallback::{Fallback, Feature};
+
 /// Set of offloads of a TUN device (TUNSETOFFLOAD). `tso` and `uso` require `checksum`: without it,
 /// the set has no effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -39,50 +41,39 @@ impl TunOffload {
     }
 }
 
-/// An offload capability that is not in use, or a socket buffer that is smaller than requested:
-/// name and reason, for reports.
-pub type Fallback = (&'static str, String);
-
-/// Names that a [`Fallback`] of [`open_queues`](super::open_queues) can have.
-pub const TUN_OFFLOADS: [&str; 3] = ["tun_uso", "tun_tso", "tun_checksum"];
-
 /// Calls `set` with `allowed`, and after each refusal with one offload less, in the order of
-/// [`TUN_OFFLOADS`]. Returns the accepted offloads, and the others with their reasons.
+/// [`Feature::TUN`]. Returns the accepted offloads, and the others with their reasons.
 pub(super) fn set_best_offload(
     allowed: TunOffload,
     set: impl Fn(TunOffload) -> io::Result<()>,
 ) -> io::Result<(TunOffload, Vec<Fallback>)> {
     let mut fallbacks = Vec::new();
-    let configured = || "off in the configuration".to_owned();
     let mut offload = allowed;
     if !allowed.checksum {
         offload = TunOffload::NONE;
-        fallbacks.push(("tun_checksum", configured()));
+        fallbacks.push(Fallback::disabled(Feature::TunChecksum));
     }
-    for (name, on) in [("tun_tso", allowed.tso), ("tun_uso", allowed.uso)] {
+    for (feature, on) in [(Feature::TunTso, allowed.tso), (Feature::TunUso, allowed.uso)] {
         if !on {
-            fallbacks.push((name, configured()));
+            fallbacks.push(Fallback::disabled(feature));
         } else if !allowed.checksum {
-            fallbacks.push((name, "needs tun_checksum, which is off".to_owned()));
+            let reason = "needs tun_checksum, which is off".to_owned();
+            fallbacks.push(Fallback { feature, reason });
         }
     }
     loop {
         let Err(error) = set(offload) else { return Ok((offload, fallbacks)) };
-        let why = format!("the kernel refused it: {error}");
-        if offload.uso {
-            offload.uso = false;
-            fallbacks.push(("tun_uso", why));
-        } else if offload.tso {
-            offload.tso = false;
-            fallbacks.push(("tun_tso", why));
-        } else if offload.checksum {
-            offload.checksum = false;
-            fallbacks.push(("tun_checksum", why));
-        } else {
-            return Err(error);
-        }
+        let (feature, flag) = match &mut offload {
+            TunOffload { uso: flag @ true, .. } => (Feature::TunUso, flag),
+            TunOffload { tso: flag @ true, .. } => (Feature::TunTso, flag),
+            TunOffload { checksum: flag @ true, .. } => (Feature::TunChecksum, flag),
+            _ => return Err(error),
+        };
+        *flag = false;
+        fallbacks.push(Fallback::refused(feature, &error));
     }
 }
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -116,9 +107,9 @@ mod tests {
                 tried,
                 kernels[..=i].iter().map(|offload| offload.mask()).collect::<Vec<_>>()
             );
-            let lost: Vec<_> = fallbacks.iter().map(|(name, _)| *name).collect();
-            assert_eq!(lost, ["tun_uso", "tun_tso", "tun_checksum"][..i]);
-            assert!(fallbacks.iter().all(|(_, why)| why.contains("refused")));
+            let lost: Vec<_> = fallbacks.iter().map(|fallback| fallback.feature).collect();
+            assert_eq!(lost, Feature::TUN[..i]);
+            assert!(fallbacks.iter().all(|fallback| fallback.reason.contains("refused")));
         }
     }
 
@@ -127,7 +118,7 @@ mod tests {
         let allowed = TunOffload { tso: false, ..TunOffload::ALL };
         let (offload, fallbacks, tried) = against(u32::MAX, allowed);
         assert_eq!((offload, tried), (allowed, vec![allowed.mask()]));
-        assert_eq!(fallbacks, [("tun_tso", "off in the configuration".to_owned())]);
+        assert_eq!(fallbacks, [Fallback::disabled(Feature::TunTso)]);
     }
 
     #[test]

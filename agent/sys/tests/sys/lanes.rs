@@ -4,6 +4,7 @@ use std::io::ErrorKind;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 
+use skein_sys::fallback::Feature;
 use skein_sys::recv::RecvBatch;
 use skein_sys::udp::{LaneSockets, UdpError, UdpOptions, bind_lanes, bind_manager};
 use socket2::{Domain, Socket, Type};
@@ -143,7 +144,9 @@ fn disabled_gro_and_small_buffers_are_fallbacks() {
         let options = UdpOptions { gro: false, ..OPTIONS };
         let (lanes, fallbacks) = bind_lanes(address("127.0.0.1:0"), 2, &options).unwrap();
         assert!(lanes.iter().all(|lane| !lane.gro));
-        assert_eq!(fallbacks, [("udp_gro", "off in the configuration".to_owned())]);
+        let [fallback] = &fallbacks[..] else { panic!("{fallbacks:?}") };
+        assert_eq!(fallback.feature, Feature::UdpGro);
+        assert_eq!(fallback.reason, "off in the configuration");
 
         // Without CAP_NET_ADMIN, the limits of the sysctls apply.
         let all = rustix::thread::capabilities(None).unwrap();
@@ -153,8 +156,8 @@ fn disabled_gro_and_small_buffers_are_fallbacks() {
         let options = UdpOptions { receive_buffer: 1 << 30, send_buffer: 1 << 30, ..OPTIONS };
         let (_, fallbacks) = bind_lanes(address("127.0.0.1:0"), 2, &options).unwrap();
         rustix::thread::set_capabilities(None, all).unwrap();
-        let names: Vec<_> = fallbacks.iter().map(|(name, _)| *name).collect();
-        assert_eq!(names, ["receive_buffer", "send_buffer"]);
-        assert!(fallbacks[0].1.contains("net.core.rmem_max"), "{}", fallbacks[0].1);
+        let features: Vec<_> = fallbacks.iter().map(|fallback| fallback.feature).collect();
+        assert_eq!(features, [Feature::ReceiveBuffer, Feature::SendBuffer]);
+        assert!(fallbacks[0].reason.contains("net.core.rmem_max"), "{}", fallbacks[0].reason);
     });
 }

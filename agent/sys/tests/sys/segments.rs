@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use skein_core::drop::DropCounts;
 use skein_core::wire::ecn::Ecn;
+use skein_sys::fallback::Feature;
 use skein_sys::recv::RecvBatch;
 use skein_sys::send::{GsoBatch, GsoState, Position, SendOutcome, SendRequest, Sender};
 use skein_sys::udp::{bind_lanes, probe_gro, probe_gso, report_ecn};
@@ -176,7 +177,9 @@ fn ecn_field_is_reported_only_if_enabled() {
         for host in ["127.0.0.1:0", "[::1]:0"] {
             let options = skein_sys::udp::UdpOptions { ecn: false, ..OPTIONS };
             let (lanes, fallbacks) = bind_lanes(address(host), 1, &options).unwrap();
-            assert_eq!(fallbacks, [("udp_ecn", "off in the configuration".to_owned())]);
+            let [fallback] = &fallbacks[..] else { panic!("{fallbacks:?}") };
+            assert_eq!(fallback.feature, Feature::UdpEcn);
+            assert_eq!(fallback.reason, "off in the configuration");
             let destination = lanes[0].receive.local_addr().unwrap();
             let arena = pattern(1_000);
             let parts = [(0, 1_000)];

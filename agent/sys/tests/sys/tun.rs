@@ -7,12 +7,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use skein_core::wire::ecn::Ecn;
+use skein_sys::fallback::Feature;
 use skein_sys::link;
 use skein_sys::poll::{Poller, Waker};
 use skein_sys::recv::RecvBatch;
 use skein_sys::send::{GsoBatch, GsoState};
 use skein_sys::tun::{
-    TunError, TunOffload, TunQueue, VNET_HEADER_LEN, create_persistent, open_queues,
+    OpenQueues, TunError, TunOffload, TunQueue, VNET_HEADER_LEN, create_persistent, open_queues,
 };
 use skein_sys::udp::bind_lanes;
 
@@ -28,13 +29,13 @@ const GSO_UDP_L4: u8 = 5;
 /// Creates the device with the address 10.9.0.1/24 and returns its queues.
 fn device(queues: usize, allowed: TunOffload) -> Vec<TunQueue> {
     create_persistent(NAME).unwrap();
-    let (queues, offload, fallbacks) = open_queues(NAME, queues, allowed).unwrap();
-    assert_eq!(offload, allowed, "{fallbacks:?}");
+    let open = open_queues(NAME, queues, allowed).unwrap();
+    assert_eq!(open.offload, allowed, "{:?}", open.fallbacks);
     ip(&format!("address add 10.9.0.1/24 dev {NAME}"));
     // IPv6 neighbour discovery would send packets that the tests do not expect.
     std::fs::write(format!("/proc/sys/net/ipv6/conf/{NAME}/disable_ipv6"), "1").unwrap();
     ip(&format!("link set {NAME} mtu 1440 up"));
-    queues
+    open.queues
 }
 
 /// Returns the number of attached queues.
@@ -182,25 +183,23 @@ fn offloads_can_be_changed_on_an_open_device() {
 fn disabled_offloads_are_fallbacks() {
     in_namespace(|| {
         create_persistent(NAME).unwrap();
-        let names = |fallbacks: Vec<(&'static str, String)>| {
-            fallbacks.into_iter().map(|(name, _)| name).collect::<Vec<_>>()
-        };
         for (allowed, effective, expected) in [
             (TunOffload::ALL, TunOffload::ALL, &[][..]),
             (
                 TunOffload { tso: false, ..TunOffload::ALL },
                 TunOffload { tso: false, ..TunOffload::ALL },
-                &["tun_tso"],
+                &[Feature::TunTso],
             ),
             (
                 TunOffload { checksum: false, ..TunOffload::ALL },
                 TunOffload::NONE,
-                &["tun_checksum", "tun_tso", "tun_uso"],
+                &[Feature::TunChecksum, Feature::TunTso, Feature::TunUso],
             ),
         ] {
-            let (_, offload, fallbacks) = open_queues(NAME, 1, allowed).unwrap();
-            assert_eq!(offload, effective);
-            assert_eq!(names(fallbacks), expected);
+            let open = open_queues(NAME, 1, allowed).unwrap();
+            assert_eq!(open.offload, effective);
+            let features: Vec<_> = open.fallbacks.iter().map(|fallback| fallback.feature).collect();
+            assert_eq!(features, expected);
         }
     });
 }
@@ -252,7 +251,7 @@ fn device_outlives_its_queues_and_refuses_a_second_process() {
         let index = link::find(NAME).unwrap().unwrap().index;
         // A child process of another test has a copy of the descriptor between fork and exec.
         eventually("the release of the device", || (attached() == 0).then_some(()));
-        let (queues, ..) = open_queues(NAME, 2, TunOffload::ALL).unwrap();
+        let OpenQueues { queues, .. } = open_queues(NAME, 2, TunOffload::ALL).unwrap();
         let error = open_queues(NAME, 2, TunOffload::ALL).unwrap_err();
         assert!(matches!(error, TunError::Busy { queues: 2, .. }), "{error}");
         assert_eq!(attached(), 2);

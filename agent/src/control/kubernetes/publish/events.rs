@@ -125,7 +125,7 @@ impl EventWriter {
             .unwrap_or_default()
             .iter()
             .filter(|capability| capability.state == CapabilityState::Degraded)
-            .map(|capability| capability.name.as_str())
+            .map(|capability| capability.name.text())
             .collect();
         match lost.is_empty() {
             false => {

@@ -7,7 +7,6 @@ use k8s_openapi::jiff::Timestamp;
 use kube::Api;
 use kube::api::{Patch, PatchParams};
 use serde_json::json;
-use skein_ipc::UnreachablePeer;
 use skein_netlink::firewall::Firewall;
 use tokio::time::Instant;
 
@@ -15,7 +14,8 @@ use super::request::{MANAGER, send, skeinnode};
 use crate::control::kubernetes::backoff::random_fraction;
 use crate::control::kubernetes::resource::{SkeinNode, SkeinNodeStatus};
 use crate::control::kubernetes::status::{
-    ObservedState, own_conditions, peers_became_unreachable, readiness_differs, status, unready,
+    ObservedState, UnreachedPeer, own_conditions, peers_became_unreachable, readiness_differs,
+    status, unready,
 };
 use crate::control::view::AgentView;
 use crate::status::DataplaneStatus;
@@ -135,10 +135,10 @@ impl StatusWriter {
                 // A peer whose pod CIDR has another program's route is not reachable over the
                 // overlay either.
                 let conflicts = self.agent.node.interface().conflicts.into_iter().map(|conflict| {
-                    UnreachablePeer { name: conflict.peer, reason: conflict.problem }
+                    UnreachedPeer { name: conflict.peer, reason: conflict.problem }
                 });
                 let unreachable: Vec<_> =
-                    dataplane.unreachable.iter().cloned().chain(conflicts).collect();
+                    dataplane.unreachable.iter().map(Into::into).chain(conflicts).collect();
                 let firewall = self.agent.firewall.borrow().as_ref().map(Firewall::status);
                 let known = ObservedState {
                     generation,
