@@ -121,6 +121,8 @@ drop_reasons! {
     TunWrite => Ingress, "tun_write";
     /// The queue to the session manager was full, or one session sent too many control messages.
     ManagerQueue => Ingress, "manager_queue";
+    /// The control message is longer than 9216 bytes.
+    ControlTooLong => Ingress, "control_too_long";
     /// The handshake message is malformed, has a wrong mac1 or an unknown handshake index, cannot
     /// be decrypted, or has no cipher in common with this node.
     HandshakeInvalid => Ingress, "handshake_invalid";

@@ -284,8 +284,8 @@ impl Ingress {
     /// [`HandshakeFilter::check`]: skein_core::tunnel::HandshakeFilter::check
     ///
     /// # Errors
-    /// The reason of the drop: the check fails, the session of a control message is unknown, or the
-    /// manager's queue is full.
+    /// The reason of the drop: the check fails, a control message is longer than
+    /// [`MAX_CONTROL_LEN`], its session is unknown, or the manager's queue is full.
     fn pass_to_manager(
         &mut self,
         lane: &mut LaneContext,
@@ -295,15 +295,15 @@ impl Ingress {
         range: Range<usize>,
     ) -> Result<(), DropReason> {
         let datagram = &mut self.receive.arena_mut()[range];
-        // A queue of messages that the manager refuses for their length would only waste memory.
-        if datagram.len() > MAX_CONTROL_LEN {
-            return Err(DropReason::HandshakeInvalid);
-        }
         if header.kind != MessageType::Control {
             // Checked before mac1, because it costs less.
             lane.manager.check_room(header.kind)?;
             tables.handshakes.check(header, datagram)?;
             return lane.manager.try_enqueue(header.kind, source, &*datagram);
+        }
+        // The session manager would keep a copy of any length in its queue.
+        if datagram.len() > MAX_CONTROL_LEN {
+            return Err(DropReason::ControlTooLong);
         }
         let at = self.by_index.get(&header.receiver);
         let Some(rx) = at.and_then(|&at| self.sessions.get_mut(at)) else {

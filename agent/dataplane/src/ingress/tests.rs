@@ -174,6 +174,19 @@ fn manager_gets_no_spoofed_or_replayed_control_messages() {
 }
 
 #[test]
+fn long_control_message_is_dropped_and_no_handshake() {
+    let overhead = HEADER_LEN + TAG_LEN;
+    let longest = seal(CONTROL_LANE, &vec![1; MAX_CONTROL_LEN - overhead]);
+    let longer = seal(CONTROL_LANE, &vec![1; MAX_CONTROL_LEN - overhead + 1]);
+    let (drops, taken) = receive(1, &[&longer, &longest]);
+    assert_eq!(drops, [DropReason::ControlTooLong]);
+    assert_eq!(taken, [longest.into_boxed_slice()]);
+    // The counter of handshakes contains the drops with this reason.
+    let initiation = [&[1, 0, 255, 0][..], &[0; MAX_CONTROL_LEN]].concat();
+    assert_eq!(receive(1, &[&initiation]).0, [DropReason::HandshakeInvalid]);
+}
+
+#[test]
 fn ecn_mark_of_merged_message_drops_no_packet() {
     let all = [Ecn::NotEct, Ecn::Ect1, Ecn::Ect0, Ecn::Ce];
     for (inner, outer) in all.into_iter().flat_map(|inner| all.map(|outer| (inner, outer))) {
