@@ -120,7 +120,7 @@ fn control(input: &Input) -> Vec<MetricFamily> {
     records.add(&[], input.registry.accepted as f64);
     let mut rejected = Family::new(
         "skein_node_record_files_rejected",
-        "Refused files of node records; their last valid versions stay active.",
+        "Refused node records, counted by file or SkeinNode; their last valid versions stay active.",
         Kind::Gauge,
     );
     rejected.add(&[], input.registry.rejected.len() as f64);

@@ -16,8 +16,8 @@ use skein_netlink::firewall::reconciler::FirewallStatus;
 use crate::policy::PolicyStatus;
 
 pub use self::document::{
-    DataplaneStatus, Document, InterfaceStatus, Offer, PeerConflict, RegistryStatus, RejectedFile,
-    RotationStatus, Stage,
+    DataplaneStatus, Document, InterfaceStatus, Offer, PeerConflict, RegistryStatus,
+    RejectedRecords, RotationStatus, Stage,
 };
 pub use self::node::{NodeState, NodeView};
 pub(crate) use self::table::{Align, Field, Tone, paint, printable, table};
@@ -104,7 +104,7 @@ fn header(now: &Document) -> String {
     lines.push(("node records", format!("{} from {}", records.accepted, records.source.display())));
     lines.extend(records.source_error.iter().map(|error| ("  unreadable", error.clone())));
     let rejected = records.rejected.iter();
-    lines.extend(rejected.map(|r| ("  rejected", format!("{}: {}", r.file.display(), r.error))));
+    lines.extend(rejected.map(|r| ("  rejected", format!("{}: {}", r.origin.display(), r.error))));
     lines.iter().map(|(name, value)| format!("{name:<13} {value}\n")).collect()
 }
 

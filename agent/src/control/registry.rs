@@ -27,7 +27,7 @@ use super::records::NodeRecord;
 use super::source::RecordSource;
 use crate::config::Config;
 use crate::failure::Failure;
-use crate::status::{RegistryStatus, RejectedFile};
+use crate::status::{RegistryStatus, RejectedRecords};
 
 /// Registry of the node records.
 ///
@@ -283,7 +283,10 @@ impl Registry {
             source: self.source.name(),
             accepted: self.accepted.values().map(Vec::len).sum(),
             rejected: rejected
-                .map(|(file, error)| RejectedFile { file: file.clone(), error: error.clone() })
+                .map(|(origin, error)| RejectedRecords {
+                    origin: origin.clone(),
+                    error: error.clone(),
+                })
                 .collect(),
             source_error: self.source_error.clone(),
         }

@@ -222,12 +222,12 @@ impl<'a> Candidate<'a> {
             Err(failure) => return Err(failure),
         };
         let refused =
-            |file: &PathBuf| running.records.rejected.iter().any(|known| known.file == *file);
+            |origin: &PathBuf| running.records.rejected.iter().any(|known| known.origin == *origin);
         let rejected = registry.status().rejected;
-        if let Some(record) = rejected.iter().find(|record| !refused(&record.file)) {
+        if let Some(record) = rejected.iter().find(|record| !refused(&record.origin)) {
             return Ok(Some(format!(
                 "this agent would refuse the node record {}, which the running agent uses: {}",
-                record.file.display(),
+                record.origin.display(),
                 record.error
             )));
         }

@@ -28,7 +28,7 @@ use crate::control::exports::HttpSource;
 use crate::control::history::{self, COLUMNS, Sample};
 use crate::control::reports::Reports;
 use crate::lifecycle::Readiness;
-use crate::status::{NodeView, RejectedFile};
+use crate::status::{NodeView, RejectedRecords};
 
 /// Maximum number of rejected records that are listed. All of them are counted.
 const MAX_REJECTED_RECORDS: usize = 20;
@@ -158,7 +158,7 @@ struct Records {
     source: String,
     accepted: usize,
     rejected_count: usize,
-    rejected: Vec<RejectedFile>,
+    rejected: Vec<RejectedRecords>,
     source_error: Option<String>,
 }
 

@@ -17,7 +17,7 @@ use super::*;
 use crate::cni;
 use crate::control::kubernetes;
 use crate::policy::{self, PolicyMetrics, PolicyPackets, PolicyStatus};
-use crate::status::RejectedFile;
+use crate::status::RejectedRecords;
 use crate::status::tests::peer;
 
 /// Returns a report with values in all parts.
@@ -176,7 +176,7 @@ fn usage_of_both_processes_is_exported() {
 
 #[test]
 fn active_records_and_rejected_files_are_counted() {
-    let refused = RejectedFile { file: "b.toml".into(), error: "line 1".to_owned() };
+    let refused = RejectedRecords { origin: "b.toml".into(), error: "line 1".to_owned() };
     let registry = RegistryStatus { accepted: 7, rejected: vec![refused], ..Default::default() };
     let text = render(&Input { registry, ..input() }).unwrap();
     has(&text, "skein_node_records 7");

@@ -139,18 +139,19 @@ pub struct RegistryStatus {
     pub source: PathBuf,
     /// Number of active records, this node's included.
     pub accepted: usize,
-    /// Rejected files, each with its error.
-    pub rejected: Vec<RejectedFile>,
+    /// Rejected records, by file or SkeinNode.
+    pub rejected: Vec<RejectedRecords>,
     /// Error of the last attempt to read the source; `None` after a success.
     pub source_error: Option<String>,
 }
 
-/// Rejected file of node records.
+/// Rejected records of one file, or of one SkeinNode.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RejectedFile {
-    /// Path of the file.
-    pub file: PathBuf,
-    /// Error in the file, with its remedy.
+pub struct RejectedRecords {
+    /// Path of the file, or `skeinnodes/` and the name of the SkeinNode.
+    #[serde(rename = "file")]
+    pub origin: PathBuf,
+    /// Error in the records, with its remedy.
     pub error: String,
 }
 

@@ -137,3 +137,10 @@ fn numbers_are_formatted_in_few_characters() {
     assert_eq!(bytes(10_240), "10.0 KiB");
     assert_eq!(age(90_061.0), "1 d 1 h");
 }
+
+#[test]
+fn rejected_records_keep_their_keys() {
+    let rejected = RejectedRecords { origin: "b.toml".into(), error: "line 1".to_owned() };
+    let document = serde_json::json!({ "file": "b.toml", "error": "line 1" });
+    assert_eq!(serde_json::to_value(rejected).unwrap(), document);
+}

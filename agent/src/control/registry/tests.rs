@@ -87,7 +87,7 @@ fn invalid_file_ends_the_first_start_only() {
     let registry = lab.open_with("").unwrap();
     assert_eq!(peers(&registry), ["node-2 10.2.0.0/24"]);
     assert_eq!(registry.status().rejected.len(), 1);
-    assert!(registry.status().rejected[0].file.ends_with("c.toml"));
+    assert!(registry.status().rejected[0].origin.ends_with("c.toml"));
 }
 
 #[test]
@@ -170,7 +170,7 @@ fn restart_refuses_the_same_records_as_reload() {
             assert_eq!(peers(&registry), ["node-2 10.2.0.0/24", "node-5 10.5.0.0/24"]);
             let rejected = registry.status().rejected;
             assert_eq!(rejected.len(), 1, "{rejected:?}");
-            assert!(rejected[0].file.ends_with("a.toml"), "{rejected:?}");
+            assert!(rejected[0].origin.ends_with("a.toml"), "{rejected:?}");
             assert!(rejected[0].error.contains(expected), "{rejected:?}");
             assert!(!registry.reload());
             assert_eq!(registry.status().rejected, rejected);

@@ -102,10 +102,10 @@ impl EventWriter {
         match registry.rejected.first() {
             Some(refused) => {
                 let since = *self.refused_since.get_or_insert_with(Instant::now);
-                let file = refused.file.display();
+                let origin = refused.origin.display();
                 let text = match registry.rejected.len() - 1 {
-                    0 => format!("{file}: {}", refused.error),
-                    more => format!("{file}: {} (and {more} more)", refused.error),
+                    0 => format!("{origin}: {}", refused.error),
+                    more => format!("{origin}: {} (and {more} more)", refused.error),
                 };
                 if since.elapsed() > self.spread {
                     self.report(node, "RecordsRefused", WARNING, &text).await;
