@@ -55,7 +55,7 @@ async fn metrics_page(State(source): State<HttpSource>, headers: HeaderMap) -> R
     let input = metrics::Input {
         conflicts: agent.node.interface().conflicts.len(),
         report,
-        dataplane: agent.dataplane.get(),
+        dataplane: agent.dataplane.status(),
         registry: agent.node.registry(),
         ready: agent.readiness.reasons().is_empty(),
         key: Some(agent.node.key()),

@@ -52,7 +52,7 @@ impl StatusSource {
             records: node.registry(),
             firewall: firewall.borrow().as_ref().map(Firewall::status).unwrap_or_default(),
             policy: policy.borrow().as_ref().map(PolicyService::status),
-            dataplane: dataplane.get(),
+            dataplane: dataplane.status(),
             report,
             cni: self.pods.borrow().as_ref().map(cni::View::offer),
             config: serde_json::to_value(&**config).unwrap_or_default(),

@@ -218,7 +218,7 @@ async fn status(
     };
     let reasons = source.readiness.reasons();
     let (interface, registry) = (source.node.interface(), source.node.registry());
-    let dataplane = source.dataplane.get();
+    let dataplane = source.dataplane.status();
     let rows = source.dataplane.history().since(query.since);
     let pods = source.pods.borrow().clone();
     let pools = match pods {

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+use skein_ipc::Report;
 use skein_ipc::keys::{PublicKey, PublicKeys};
-use skein_ipc::{Capability, ReducedPath, Report, UnreachablePeer};
 use skein_netlink::firewall::reconciler::FirewallStatus;
 
 use crate::policy::PolicyStatus;
@@ -168,22 +168,6 @@ pub struct DataplaneStatus {
     pub revision: u64,
     /// Reason that the data process is not up, or the last change that it refused.
     pub error: Option<String>,
-    /// Offload capabilities from the last report, which may be seconds old.
-    #[serde(skip)]
-    pub capabilities: Vec<Capability>,
-    /// Reduced path MTUs from the last report, sorted by the peers' keys.
-    #[serde(skip)]
-    pub narrow: Vec<ReducedPath>,
-    /// Ports of the UDP sockets from the last report ([`Report::source_ports`]).
-    #[serde(skip)]
-    pub source_ports: Vec<u16>,
-    /// Number of peers that may not know this node's new key, from the last report
-    /// ([`Report::second_key_peers`]).
-    #[serde(skip)]
-    pub second_key_peers: usize,
-    /// Unreachable peers from the last report, sorted by name.
-    #[serde(skip)]
-    pub unreachable: Vec<UnreachablePeer>,
 }
 
 /// CNI versions of the network configuration, and the plugins that limit them.

@@ -31,7 +31,7 @@ impl Controller {
             return;
         }
         let before = self.rotation.public();
-        let held = self.published.dataplane.get().second_key_peers;
+        let held = self.published.dataplane.observed().report.second_key_peers;
         let result = self.rotation.step(self.registry.published_keys(), held);
         if self.rotation.public() != before {
             self.on_keys_changed().await;

@@ -21,6 +21,7 @@ use self::status::StatusWriter;
 use super::backoff::RetryBackoff;
 use super::follow::State;
 use super::resource::SkeinNode;
+use crate::control::dataplane::ObservedDataplane;
 use crate::control::view::AgentView;
 
 /// Namespace of Events about objects without a namespace.
@@ -50,7 +51,7 @@ pub(super) async fn publish(agent: AgentView, client: Client, mut state: watch::
     let mut logged_error = None;
     loop {
         let now = state.borrow_and_update().clone();
-        let silent = publisher.agent.dataplane.get().unreachable;
+        let silent = publisher.agent.dataplane.observed().report.unreachable;
         match publisher.write_changes(&now).await {
             Ok(()) => (waits, logged_error) = (RetryBackoff::default(), None),
             Err(error) => {
@@ -113,18 +114,16 @@ impl Publisher {
             true => self.node.open(node).await,
             false => Ok(()),
         };
-        let dataplane = self.agent.dataplane.get();
+        let ObservedDataplane { status: dataplane, report } = self.agent.dataplane.observed();
         // The state of the data process is unknown for a moment after its restart.
-        let known = dataplane.up && !dataplane.capabilities.is_empty();
-        let capabilities = known.then_some(dataplane.capabilities.as_slice());
+        let known = dataplane.up && !report.capabilities.is_empty();
+        let capabilities = known.then_some(report.capabilities.as_slice());
         if known {
-            self.status.set_silent(!dataplane.unreachable.is_empty());
+            self.status.set_silent(!report.unreachable.is_empty());
         }
         let unready = self.events.is_unready_for(UNKNOWN_DELAY);
         let status = match &state.published {
-            Some(published) if known => {
-                self.status.write(published, Some(&dataplane), &reasons).await
-            }
+            Some(published) if known => self.status.write(published, Some(&report), &reasons).await,
             Some(published) if unready && !reasons.is_empty() => {
                 self.status.write(published, None, &reasons).await
             }

@@ -183,10 +183,10 @@ async fn data_process_follows_the_desired_state() {
     assert_eq!([fake.next(), fake.next()], ["hello", "apply 1"]);
     assert!(lab.readiness.reasons().is_empty());
     lab.wanted.send_replace(snapshot(3));
-    settle(|| lab.state.get().revision == 3).await;
+    settle(|| lab.state.status().revision == 3).await;
     assert_eq!(fake.next(), "update +2 -0");
     lab.wanted.send_replace(snapshot(2));
-    settle(|| lab.state.get().revision == 2).await;
+    settle(|| lab.state.status().revision == 2).await;
     assert_eq!(fake.next(), "update +0 -1");
     lab.handle.end(ShutdownMode::Stop).await;
     assert!(
@@ -207,7 +207,7 @@ async fn refused_update_is_followed_by_whole_snapshot() {
     let lab = supervise(&fake);
     lab.first.await.unwrap().unwrap();
     lab.wanted.send_replace(snapshot(3));
-    settle(|| lab.state.get().revision == 3).await;
+    settle(|| lab.state.status().revision == 3).await;
     let asked: Vec<_> = (0..4).map(|_| fake.next()).collect();
     assert_eq!(asked, ["hello", "apply 1", "update +2 -0", "apply 3"]);
     lab.handle.end(ShutdownMode::Keep).await;
@@ -305,13 +305,13 @@ async fn closed_connection_is_replaced_by_a_new_session() {
     lab.wanted.send_replace(snapshot(3));
     settle(|| {
         seen.lock().unwrap().extend(lab.readiness.reasons());
-        lab.state.get().revision == 3
+        lab.state.status().revision == 3
     })
     .await;
     let asked: Vec<_> = (0..5).map(|_| fake.next()).collect();
     assert_eq!(asked, ["hello", "apply 1", "update +2 -0", "hello", "apply 3"]);
     assert!(lab.readiness.reasons().is_empty());
-    assert_eq!(lab.state.get().restarts, 0, "the same process is no restart");
+    assert_eq!(lab.state.status().restarts, 0, "the same process is no restart");
     lab.handle.end(ShutdownMode::Keep).await;
 }
 
@@ -330,7 +330,7 @@ async fn later_refusal_makes_the_agent_unready() {
     settle(|| lab.readiness.reasons().iter().any(|reason| reason.contains("no luck"))).await;
     lab.wanted.send_replace(snapshot(3));
     settle(|| lab.readiness.reasons().is_empty()).await;
-    assert_eq!(lab.state.get().revision, 3);
+    assert_eq!(lab.state.status().revision, 3);
     lab.handle.end(ShutdownMode::Keep).await;
 }
 

@@ -11,6 +11,7 @@ use skein_netlink::firewall::Firewall;
 use tokio::time::Instant;
 
 use super::request::{MANAGER, send, skeinnode};
+use crate::control::dataplane::LastReport;
 use crate::control::kubernetes::backoff::random_fraction;
 use crate::control::kubernetes::resource::{SkeinNode, SkeinNodeStatus};
 use crate::control::kubernetes::status::{
@@ -18,7 +19,6 @@ use crate::control::kubernetes::status::{
     status, unready,
 };
 use crate::control::view::AgentView;
-use crate::status::DataplaneStatus;
 
 /// Minimum interval before a status with another readiness is written.
 const READINESS_DELAY: Duration = Duration::from_secs(2);
@@ -114,15 +114,15 @@ impl StatusWriter {
         };
     }
 
-    /// Writes the status if it differs and a write is due; otherwise sets `due`. `dataplane` is
-    /// `None` while the state of the data process is unknown.
+    /// Writes the status if it differs and a write is due; otherwise sets `due`. `report` is `None`
+    /// while the state of the data process is unknown.
     ///
     /// # Errors
     /// An error if the API server refuses or does not answer.
     pub(super) async fn write(
         &mut self,
         published: &SkeinNode,
-        dataplane: Option<&DataplaneStatus>,
+        report: Option<&LastReport>,
         reasons: &[String],
     ) -> anyhow::Result<()> {
         let found = published.status.clone().map(own_conditions);
@@ -130,19 +130,19 @@ impl StatusWriter {
         let written = self.written.as_ref().filter(|written| written.belongs_to(published));
         // The last written status may be newer than the one that the watch has reported.
         let before = written.map(|written| &written.status).or(found.as_ref());
-        let status = match dataplane {
-            Some(dataplane) => {
+        let status = match report {
+            Some(report) => {
                 // A peer whose pod CIDR has another program's route is not reachable over the
                 // overlay either.
                 let conflicts = self.agent.node.interface().conflicts.into_iter().map(|conflict| {
                     UnreachedPeer { name: conflict.peer, reason: conflict.problem }
                 });
                 let unreachable: Vec<_> =
-                    dataplane.unreachable.iter().map(Into::into).chain(conflicts).collect();
+                    report.unreachable.iter().map(Into::into).chain(conflicts).collect();
                 let firewall = self.agent.firewall.borrow().as_ref().map(Firewall::status);
                 let known = ObservedState {
                     generation,
-                    capabilities: &dataplane.capabilities,
+                    capabilities: &report.capabilities,
                     mtu: self.agent.node.interface().mtu,
                     reasons,
                     unreachable: &unreachable,
