@@ -114,9 +114,16 @@ struct Identity {
     links: BTreeMap<OsString, Option<Version>>,
 }
 
-/// Device, inode, modification time (seconds, nanoseconds) and size in bytes, symbolic links
-/// followed.
-type Version = (u64, u64, i64, i64, u64);
+/// Version of the file that a path leads to, symbolic links followed.
+#[derive(Debug, PartialEq, Eq)]
+struct Version {
+    device: u64,
+    inode: u64,
+    /// Modification time, seconds and nanoseconds since 1970.
+    modified: (i64, i64),
+    /// Size in bytes.
+    size: u64,
+}
 
 impl Identity {
     fn of(path: &Path) -> Self {
@@ -132,7 +139,12 @@ impl Identity {
 
 fn version(path: &Path) -> Option<Version> {
     let found = std::fs::metadata(path).ok();
-    found.map(|m| (m.dev(), m.ino(), m.mtime(), m.mtime_nsec(), m.size()))
+    found.map(|file| Version {
+        device: file.dev(),
+        inode: file.ino(),
+        modified: (file.mtime(), file.mtime_nsec()),
+        size: file.size(),
+    })
 }
 
 /// Subscribes to the directory of the source. The caller repeats it, because inotify does not

@@ -113,7 +113,7 @@ pub use route::{Owner, PeerId, RouteConflict, RouteTable};
 pub use time::Time;
 pub use tunnel::session::{Receiver, Sender, SessionError};
 pub use tunnel::{
-    Cipher, Ciphers, Engine, EngineConfig, EngineError, HandshakeResult, PeerConfig, PeerState,
-    PeerView, Random, ReplayWindow, SavedSession, Session, SessionParams, SessionSlot,
+    Cipher, Ciphers, Engine, EngineConfig, EngineError, HandshakeResult, NextSession, PeerConfig,
+    PeerState, PeerView, Random, ReplayWindow, SavedSession, Session, SessionParams, SessionSlot,
     SessionStore, Transmit, TransportSecrets, UnreachableReason,
 };

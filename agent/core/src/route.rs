@@ -47,8 +47,16 @@ impl fmt::Display for OwnerName {
 /// An immutable, sorted table of disjoint address ranges. A lookup is a binary search.
 #[derive(Debug, Default)]
 pub struct RouteTable {
-    v4: Vec<(u32, u32, Owner)>,
-    v6: Vec<(u128, u128, Owner)>,
+    v4: Vec<OwnedRange<u32>>,
+    v6: Vec<OwnedRange<u128>>,
+}
+
+/// Addresses of one prefix, as numbers.
+#[derive(Debug)]
+struct OwnedRange<T> {
+    first: T,
+    last: T,
+    owner: Owner,
 }
 
 impl RouteTable {
@@ -88,10 +96,12 @@ impl RouteTable {
         for (prefix, owner) in kept {
             match prefix {
                 IpNet::V4(p) => {
-                    table.v4.push((p.network().into(), p.broadcast().into(), owner));
+                    let (first, last) = (p.network().into(), p.broadcast().into());
+                    table.v4.push(OwnedRange { first, last, owner });
                 }
                 IpNet::V6(p) => {
-                    table.v6.push((p.network().into(), p.broadcast().into(), owner));
+                    let (first, last) = (p.network().into(), p.broadcast().into());
+                    table.v6.push(OwnedRange { first, last, owner });
                 }
             }
         }
@@ -112,10 +122,10 @@ impl RouteTable {
     }
 }
 
-fn search<T: Ord + Copy>(ranges: &[(T, T, Owner)], address: T) -> Option<Owner> {
-    let after = ranges.partition_point(|(first, _, _)| *first <= address);
-    let (_, last, owner) = ranges.get(after.checked_sub(1)?)?;
-    (address <= *last).then_some(*owner)
+fn search<T: Ord + Copy>(ranges: &[OwnedRange<T>], address: T) -> Option<Owner> {
+    let after = ranges.partition_point(|range| range.first <= address);
+    let range = ranges.get(after.checked_sub(1)?)?;
+    (address <= range.last).then_some(range.owner)
 }
 
 #[cfg(test)]

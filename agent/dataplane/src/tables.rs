@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use skein_core::route::{PeerId, RouteTable};
-use skein_core::tunnel::HandshakeFilter;
 use skein_core::tunnel::session::Session;
+use skein_core::tunnel::{HandshakeFilter, NextSession};
 
 /// Routes and sessions at one time.
 #[derive(Default)]
@@ -40,8 +40,8 @@ pub(super) struct PeerEntry {
     pub(super) endpoint: Option<SocketAddr>,
     /// Session for sending.
     pub(super) session: Option<Arc<Session>>,
-    /// Session for sending once the peer has confirmed it, with its endpoint.
-    pub(super) next: Option<(Arc<Session>, Option<SocketAddr>)>,
+    /// Session for sending once the peer has confirmed it.
+    pub(super) next: Option<NextSession>,
     /// Longest plaintext of a datagram to the peer, bytes: the minimum of both nodes' inner MTUs
     /// and the path MTU.
     pub(super) max_plaintext: usize,
@@ -51,9 +51,9 @@ impl PeerEntry {
     /// Returns the session and the endpoint to send to at `now` (time since boot); `None` if no
     /// session is usable.
     pub(super) fn ready(&self, now: Duration) -> Option<(&Arc<Session>, SocketAddr)> {
-        let next = self.next.as_ref().filter(|(next, _)| next.is_confirmed());
+        let next = self.next.as_ref().filter(|next| next.session.is_confirmed());
         let (session, endpoint) = match next {
-            Some((session, endpoint)) => (session, *endpoint),
+            Some(next) => (&next.session, next.endpoint),
             None => (self.session.as_ref()?, self.endpoint),
         };
         (!session.is_expired_at(now)).then_some((session, endpoint?))
@@ -121,7 +121,8 @@ mod tests {
             next: None,
             max_plaintext: 1440,
         };
-        let next = PeerEntry { session: None, next: Some((session, endpoint)), ..current.clone() };
+        let next = Some(NextSession { session, endpoint });
+        let next = PeerEntry { session: None, next, ..current.clone() };
         for entry in [current, next] {
             assert!(entry.ready(at(279)).is_some());
             assert!(entry.ready(at(280)).is_none());

@@ -39,12 +39,19 @@ const OFFERED: [Version; 4] = [Version::V0_3_1, Version::V0_4_0, Version::V1_0_0
 const ASSUMED_NEWEST: Version = Version::V1_0_0;
 
 /// Identity and change time of a file (device, inode, ctime): any change of the file changes it.
-pub(super) type Stamp = (u64, u64, i64, i64);
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Stamp {
+    device: u64,
+    inode: u64,
+    /// Time of the last change, seconds and nanoseconds since 1970.
+    changed: (i64, i64),
+}
 
 /// [`Stamp`] of the file at `path`, symbolic links followed; `None` if there is no file.
 pub(super) fn stamp(path: &Path) -> Option<Stamp> {
     let file = fs::metadata(path).ok()?;
-    Some((file.dev(), file.ino(), file.ctime(), file.ctime_nsec()))
+    let changed = (file.ctime(), file.ctime_nsec());
+    Some(Stamp { device: file.dev(), inode: file.ino(), changed })
 }
 
 /// A plugin of the list.

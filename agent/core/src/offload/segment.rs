@@ -148,7 +148,8 @@ impl Segments<'_> {
         if self.count > max_segments {
             return Err(DropReason::VnetHeader);
         }
-        let template = Template::new(self.packet, &self.ip, (at, headers), protocol, vnet.gso_size);
+        let layout = SegmentLayout { at, headers, protocol, gso_size: vnet.gso_size };
+        let template = Template::new(self.packet, &self.ip, layout);
         // A receiver could not find a partial checksum after extension headers.
         self.checksum = if template.full { Checksum::Full } else { Checksum::Partial };
         self.template = Some(template);
@@ -177,16 +178,23 @@ struct Template {
     sequence: u32,
 }
 
+/// Layout of the segments of a superpacket.
+#[derive(Debug, Clone, Copy)]
+struct SegmentLayout {
+    /// Offset of the transport header in bytes.
+    at: usize,
+    /// Length of all headers in bytes.
+    headers: usize,
+    /// Transport protocol, TCP or UDP.
+    protocol: u8,
+    /// Payload of every segment but the last, bytes.
+    gso_size: u16,
+}
+
 impl Template {
-    /// Creates the template of a superpacket whose lengths have been checked. The transport header
-    /// begins at `at`; all headers have `headers` bytes.
-    fn new(
-        packet: &[u8],
-        ip: &IpHeader,
-        (at, headers): (usize, usize),
-        protocol: u8,
-        gso_size: u16,
-    ) -> Self {
+    /// Creates the template of a superpacket whose lengths have been checked.
+    fn new(packet: &[u8], ip: &IpHeader, layout: SegmentLayout) -> Self {
+        let SegmentLayout { at, headers, protocol, gso_size } = layout;
         let mut bytes = [0; MAX_HEADERS];
         bytes[..headers].copy_from_slice(&packet[..headers]);
         let v6 = ip.is_v6();

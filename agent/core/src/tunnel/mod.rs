@@ -30,7 +30,7 @@ pub use counts::HandshakeResult;
 pub use engine::{Engine, EngineConfig, EngineError, PeerConfig};
 pub use handshake_filter::HandshakeFilter;
 pub use liveness::UnreachableReason;
-pub use peer::{PeerState, PeerView};
+pub use peer::{NextSession, PeerState, PeerView};
 pub use replay::ReplayWindow;
 pub use saved::{SAVED_LEN, SavedSession, SessionSlot, SessionStore};
 pub use session::{Cipher, Ciphers, Session, SessionParams, TransportSecrets};

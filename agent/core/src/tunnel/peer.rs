@@ -26,7 +26,7 @@ mod tick;
 mod view;
 
 pub(crate) use session_entry::SessionEntry;
-pub use view::{PeerState, PeerView};
+pub use view::{NextSession, PeerState, PeerView};
 
 /// Maximum number of sessions with one peer; the oldest ends first.
 pub(crate) const MAX_SESSIONS: usize = 4;
@@ -297,8 +297,10 @@ impl Peer {
         self.view.current = self.current.as_ref().map(|entry| entry.session.clone());
         let next = self.next.as_ref();
         let present = self.view.endpoint.filter(|_| self.current.is_some());
-        self.view.next =
-            next.map(|entry| (entry.session.clone(), self.known_of(entry).or(present)));
+        self.view.next = next.map(|entry| NextSession {
+            session: entry.session.clone(),
+            endpoint: self.known_of(entry).or(present),
+        });
         self.view.receive = self.entries().map(|entry| entry.session.clone()).collect();
         shared.changed = true;
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use crate::api::Protocol;
-use crate::model::{Inventory, PodId, PodInfo, PodTerm, matches};
+use crate::model::{Inventory, NamedPort, PodId, PodInfo, PodTerm, matches};
 use crate::program::{Element, Family, Set, SetKey};
 
 /// Returns all elements of a set.
@@ -72,7 +72,7 @@ pub(crate) fn pod_elements(
         SetKey::NamedPorts { name, protocol, .. } => addresses
             .flat_map(|address| {
                 let ports = info.ports.iter().filter(|port| is_named(port, name, *protocol));
-                ports.map(move |(_, protocol, port)| Element::NamedPort(address, *protocol, *port))
+                ports.map(move |port| Element::NamedPort(address, port.protocol, port.number))
             })
             .collect(),
         _ => addresses.map(Element::Address).collect(),
@@ -80,10 +80,6 @@ pub(crate) fn pod_elements(
 }
 
 /// Returns whether a declared port has a name and, unless `protocol` is `None`, a protocol.
-pub(super) fn is_named(
-    port: &(String, Protocol, u16),
-    name: &str,
-    protocol: Option<Protocol>,
-) -> bool {
-    port.0 == name && protocol.is_none_or(|protocol| protocol == port.1)
+pub(super) fn is_named(port: &NamedPort, name: &str, protocol: Option<Protocol>) -> bool {
+    port.name == name && protocol.is_none_or(|protocol| protocol == port.protocol)
 }

@@ -27,9 +27,9 @@ pub(super) fn canonical(
             }
             PortSpec::Range(protocol, range) => ranges.entry(*protocol).or_default().push(*range),
             PortSpec::Named(protocol, name) if direction == Direction::Ingress => {
-                for (_, protocol, port) in declared.iter().filter(|p| is_named(p, name, *protocol))
-                {
-                    ranges.entry(*protocol).or_default().push(PortRange::single(*port));
+                for port in declared.iter().filter(|port| is_named(port, name, *protocol)) {
+                    let range = PortRange::single(port.number);
+                    ranges.entry(port.protocol).or_default().push(range);
                 }
             }
             PortSpec::Named(..) => canonical.push(entry.clone()),

@@ -51,7 +51,7 @@ impl ProfileKey {
         if direction == Direction::Ingress && !declared.is_empty() {
             let rules = policies.iter().flat_map(|policy| policy.rules(direction).unwrap_or(&[]));
             let names: BTreeSet<_> = rules.flat_map(|rule| ports::names(&rule.ports)).collect();
-            ports.extend(declared.iter().filter(|port| names.contains(&*port.0)).cloned());
+            ports.extend(declared.iter().filter(|port| names.contains(&*port.name)).cloned());
         }
         Some(Self { direction, policies, ports })
     }

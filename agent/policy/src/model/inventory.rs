@@ -25,8 +25,16 @@ pub struct PodId {
     pub name: String,
 }
 
-/// A declared port: its name, protocol and number.
-pub type NamedPort = (String, Protocol, u16);
+/// A declared port with a name.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct NamedPort {
+    /// Name of the port.
+    pub name: String,
+    /// Protocol of the port.
+    pub protocol: Protocol,
+    /// Port number.
+    pub number: u16,
+}
 
 /// A pod with addresses of its own.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,9 +76,10 @@ impl PodInfo {
         if !pod.is_on_pod_network() {
             return None;
         }
-        let named = pod
-            .ports()
-            .filter_map(|port| Some((port.name.clone()?, port.protocol, port.container_port)));
+        let named = pod.ports().filter_map(|port| {
+            let name = port.name.clone()?;
+            Some(NamedPort { name, protocol: port.protocol, number: port.container_port })
+        });
         Some(Self {
             labels: Arc::new(pod.metadata.labels.clone()),
             ports: Arc::new(named.collect()),
@@ -287,6 +296,17 @@ impl Inventory {
     /// Returns the interfaces of this node's pods, without the accepted ones.
     pub fn interfaces(&self) -> &BTreeMap<String, PodId> {
         &self.interfaces
+    }
+
+    /// Returns the addresses of this node's pods, with their interfaces.
+    pub fn local_addresses(&self) -> HashMap<IpAddr, &str> {
+        let mut local = HashMap::new();
+        for (interface, pod) in &self.interfaces {
+            let addresses = self.pods.get(pod).into_iter().flat_map(|info| &info.addresses);
+            let owned = addresses.filter(|one| self.owner(**one).is_some_and(|(id, _)| id == pod));
+            local.extend(owned.map(|address| (*address, interface.as_str())));
+        }
+        local
     }
 
     /// Returns the interfaces of pods to which no policy applies.

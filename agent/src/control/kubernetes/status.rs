@@ -55,7 +55,8 @@ pub(super) fn status(
     known: &ObservedState<'_>,
     now: Timestamp,
 ) -> SkeinNodeStatus {
-    let condition = |kind: &str, is: Option<bool>, reason: &str, message: String| {
+    let condition = |kind: &str, verdict: Verdict| {
+        let Verdict { is, reason, message } = verdict;
         let status = is.map_or("Unknown", |is| if is { "True" } else { "False" });
         let since = before.and_then(|before| find(before, kind));
         let since = since.filter(|condition| condition.status == status);
@@ -70,15 +71,15 @@ pub(super) fn status(
         }
     };
     let ready = match known.reasons {
-        [] => condition(READY, Some(true), "AgentReady", "pods have a network".to_owned()),
-        reasons => condition(READY, Some(false), "AgentNotReady", shortened(&reasons.join("; "))),
+        [] => Verdict::new(Some(true), "AgentReady", "pods have a network"),
+        reasons => Verdict::new(Some(false), "AgentNotReady", shortened(&reasons.join("; "))),
     };
     let peers = match known.unreachable {
-        [] => condition(PEERS, Some(true), "NoneSilent", "all peers respond".to_owned()),
-        silent => condition(PEERS, Some(false), "PeersUnreachable", names(silent)),
+        [] => Verdict::new(Some(true), "NoneSilent", "all peers respond"),
+        silent => Verdict::new(Some(false), "PeersUnreachable", names(silent)),
     };
-    let (is, reason, message) = forwarding(known.firewall);
-    let forwarding = condition(FORWARDING, is, reason, message);
+    let (ready, peers) = (condition(READY, ready), condition(PEERS, peers));
+    let forwarding = condition(FORWARDING, forwarding(known.firewall));
     SkeinNodeStatus {
         observed_generation: known.generation,
         agent_version: Some(env!("CARGO_PKG_VERSION").to_owned()),
@@ -89,22 +90,36 @@ pub(super) fn status(
     }
 }
 
-/// Status, reason and message of the condition ForwardingAllowed.
-fn forwarding(firewall: Option<&FirewallStatus>) -> (Option<bool>, &'static str, String) {
+/// Content of a condition.
+struct Verdict {
+    /// True if the condition holds; `None` if that is not known.
+    is: Option<bool>,
+    reason: &'static str,
+    message: String,
+}
+
+impl Verdict {
+    fn new(is: Option<bool>, reason: &'static str, message: impl Into<String>) -> Self {
+        Self { is, reason, message: message.into() }
+    }
+}
+
+/// Returns the content of the condition ForwardingAllowed.
+fn forwarding(firewall: Option<&FirewallStatus>) -> Verdict {
     match firewall {
         Some(firewall) if !firewall.closed.is_empty() => {
-            (Some(false), "ForwardDropped", shortened(&firewall.closed.join("; ")))
+            Verdict::new(Some(false), "ForwardDropped", shortened(&firewall.closed.join("; ")))
         }
         Some(firewall) if !firewall.unknown.is_empty() => {
-            (None, "PolicyUnknown", shortened(&firewall.unknown.join("; ")))
+            Verdict::new(None, "PolicyUnknown", shortened(&firewall.unknown.join("; ")))
         }
         Some(firewall) if firewall.forward_read => {
             let message = "no chain of another program drops packets of pods";
-            (Some(true), "NoChainDrops", message.to_owned())
+            Verdict::new(Some(true), "NoChainDrops", message)
         }
         _ => {
             let message = "the FORWARD chains of other programs have not been read";
-            (None, "PolicyUnknown", message.to_owned())
+            Verdict::new(None, "PolicyUnknown", message)
         }
     }
 }

@@ -21,6 +21,15 @@ pub enum PeerState {
     Unreachable,
 }
 
+/// A session that a peer has initiated.
+#[derive(Debug, Clone)]
+pub struct NextSession {
+    /// Keys and counters of the session.
+    pub session: Arc<Session>,
+    /// Destination of data datagrams in this session; `None` while it is not known.
+    pub endpoint: Option<SocketAddr>,
+}
+
 /// Sessions, endpoint and liveness of a peer, as forwarding tables and reports read them. The
 /// engine updates the value; [`Engine::tables`](crate::Engine::tables) lends it.
 #[derive(Debug, Clone)]
@@ -33,9 +42,9 @@ pub struct PeerView {
     pub endpoint: Option<SocketAddr>,
     /// Session to send with. The peer is known to have it.
     pub current: Option<Arc<Session>>,
-    /// Session that the peer has initiated, and the destination of its datagrams. It replaces
-    /// `current` as soon as it is confirmed ([`Session::is_confirmed`]).
-    pub next: Option<(Arc<Session>, Option<SocketAddr>)>,
+    /// Session that the peer has initiated. It replaces `current` as soon as it is confirmed
+    /// ([`Session::is_confirmed`]).
+    pub next: Option<NextSession>,
     /// Sessions in which data may arrive, the current one included.
     pub receive: Vec<Arc<Session>>,
     /// Connection state.

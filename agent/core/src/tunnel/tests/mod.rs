@@ -263,8 +263,8 @@ impl Lab {
     fn send(&mut self, from: usize, to: usize, payload: &[u8]) -> bool {
         let (now, id) = (self.now, self.peer_id(from, to));
         let view = self.view(from, to);
-        let next = view.next.clone().filter(|(next, _)| next.is_confirmed());
-        let next = next.map(|(session, endpoint)| (Some(session), endpoint));
+        let next = view.next.clone().filter(|next| next.session.is_confirmed());
+        let next = next.map(|next| (Some(next.session), next.endpoint));
         let chosen = next.unwrap_or_else(|| (view.current.clone(), view.endpoint));
         let (Some(session), Some(destination)) = chosen else {
             self.nodes[from].engine.request_session(now, id);

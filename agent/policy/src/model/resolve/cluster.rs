@@ -10,7 +10,7 @@ use crate::model::selector::PodTerm;
 use crate::model::{Mutation, mutated};
 use crate::ranges::{AddressRange, merge};
 
-use super::{Reader, labelled, port_list};
+use super::{Entry, Reader, labelled, port_list};
 
 /// Converts a ClusterNetworkPolicy. Returns the policy and the parts that cannot be enforced.
 pub fn resolve_cluster_policy(object: &ClusterNetworkPolicy) -> (Policy, Vec<Defect>) {
@@ -54,7 +54,7 @@ fn rules<P>(
     add: fn(&mut Reader, &str, &P, &mut Peers),
 ) -> Option<Vec<Rule>> {
     let mut converted = Vec::with_capacity(rules.len());
-    for (index, field, rule) in reader.entries(field, rules) {
+    for Entry { index, field, value: rule } in reader.entries(field, rules) {
         let mut peers = Peers::default();
         for unknown in &rule.unknown {
             reader.report(&format!("{field}.{unknown}"), "the field is unknown");
@@ -63,7 +63,7 @@ fn rules<P>(
         if rule.peers.is_empty() {
             reader.report(&peers_field, "a rule without a peer matches nothing");
         }
-        for (_, field, peer) in reader.entries(&peers_field, &rule.peers) {
+        for Entry { field, value: peer, .. } in reader.entries(&peers_field, &rule.peers) {
             add(reader, &field, peer, &mut peers);
         }
         peers.blocks = merge(std::mem::take(&mut peers.blocks));
@@ -102,9 +102,8 @@ fn egress_peer(reader: &mut Reader, field: &str, peer: &EgressPeer, union: &mut 
         }
         EgressPeer::Networks(networks) => {
             let networks = reader.entries(&format!("{field}.networks"), networks);
-            union
-                .blocks
-                .extend(networks.into_iter().map(|(_, _, cidr)| AddressRange::from(cidr.net())));
+            let ranges = networks.into_iter().map(|cidr| AddressRange::from(cidr.value.net()));
+            union.blocks.extend(ranges);
         }
     }
 }
@@ -135,7 +134,7 @@ fn transport_list(
         return Ports::Any;
     }
     let mut list = Vec::with_capacity(protocols.len());
-    for (_, field, entry) in reader.entries(field, protocols) {
+    for Entry { field, value: entry, .. } in reader.entries(field, protocols) {
         let (protocol, key, transport) = match entry {
             TransportProtocol::Tcp(transport) => (Protocol::Tcp, "tcp", transport),
             TransportProtocol::Udp(transport) => (Protocol::Udp, "udp", transport),

@@ -19,6 +19,16 @@ struct Reader {
     defects: Vec<Defect>,
 }
 
+/// A readable entry of a list.
+struct Entry<'a, T> {
+    /// Position in the list.
+    index: usize,
+    /// Path of the field.
+    field: String,
+    /// Parsed value.
+    value: &'a T,
+}
+
 impl Reader {
     fn report(&mut self, field: &str, reason: impl Into<String>) {
         let object = self.id.to_string();
@@ -36,17 +46,13 @@ impl Reader {
         }
     }
 
-    /// Returns the readable entries of a list with their positions and field paths.
-    fn entries<'a, T>(
-        &mut self,
-        field: &str,
-        list: &'a [Parsed<T>],
-    ) -> Vec<(usize, String, &'a T)> {
+    /// Returns the readable entries of a list.
+    fn entries<'a, T>(&mut self, field: &str, list: &'a [Parsed<T>]) -> Vec<Entry<'a, T>> {
         let mut entries = Vec::with_capacity(list.len());
         for (index, entry) in list.iter().enumerate() {
             let field = format!("{field}[{index}]");
             if let Some(value) = self.read(&field, entry) {
-                entries.push((index, field, value));
+                entries.push(Entry { index, field, value });
             }
         }
         entries

@@ -9,7 +9,7 @@ use crate::model::selector::{NamespaceScope, PodTerm};
 use crate::model::{Mutation, mutated};
 use crate::ranges::{AddressRange, merge, subtract};
 
-use super::{Reader, labelled, port_list};
+use super::{Entry, Reader, labelled, port_list};
 
 /// Converts a NetworkPolicy. Returns the policy and the parts that cannot be enforced.
 pub fn resolve_network_policy(object: &NetworkPolicy) -> (Policy, Vec<Defect>) {
@@ -37,7 +37,7 @@ pub fn resolve_network_policy(object: &NetworkPolicy) -> (Policy, Vec<Defect>) {
             policy.ingress = Some(
                 rules
                     .into_iter()
-                    .map(|(index, field, rule)| {
+                    .map(|Entry { index, field, value: rule }| {
                         let (from, ports) = (rule.from.as_ref(), rule.ports.as_ref());
                         allow(&mut reader, index, &field, "from", from, ports)
                     })
@@ -49,7 +49,7 @@ pub fn resolve_network_policy(object: &NetworkPolicy) -> (Policy, Vec<Defect>) {
             policy.egress = Some(
                 rules
                     .into_iter()
-                    .map(|(index, field, rule)| {
+                    .map(|Entry { index, field, value: rule }| {
                         let (to, ports) = (rule.to.as_ref(), rule.ports.as_ref());
                         allow(&mut reader, index, &field, "to", to, ports)
                     })
@@ -63,11 +63,7 @@ pub fn resolve_network_policy(object: &NetworkPolicy) -> (Policy, Vec<Defect>) {
 /// An optional list of entries that may be unreadable.
 type List<T> = Parsed<Vec<Parsed<T>>>;
 
-fn list<'a, T>(
-    reader: &mut Reader,
-    field: &str,
-    list: Option<&'a List<T>>,
-) -> Vec<(usize, String, &'a T)> {
+fn list<'a, T>(reader: &mut Reader, field: &str, list: Option<&'a List<T>>) -> Vec<Entry<'a, T>> {
     let list = list.and_then(|list| reader.read(field, list));
     list.map(|list| reader.entries(field, list)).unwrap_or_default()
 }
@@ -92,7 +88,7 @@ fn allow(
         peers => {
             let mut union = Peers::default();
             let mut blocks = Vec::new();
-            for (_, field, peer) in list(reader, &field, peers) {
+            for Entry { field, value: peer, .. } in list(reader, &field, peers) {
                 add_peer(reader, &field, peer, &mut union, &mut blocks);
             }
             union.blocks = block_ranges(&blocks);
@@ -109,7 +105,7 @@ fn allow(
             port_list(
                 ports
                     .into_iter()
-                    .map(|(_, _, port)| match &port.port {
+                    .map(|Entry { value: port, .. }| match &port.port {
                         PortSelector::All => PortSpec::Protocol(port.protocol),
                         PortSelector::Range(range) => {
                             let mut range = *range;
