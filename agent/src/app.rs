@@ -196,7 +196,9 @@ pub fn main() -> Result<(), Failure> {
             logging::start(&log);
             confined.log();
             match worker {
-                Some(channel) => Ok(dataplane::work(channel, confined, logging::set_level)?),
+                Some(channel) => {
+                    Ok(dataplane::work(channel, confined, |level| Ok(logging::set_level(level)?))?)
+                }
                 None => {
                     let arguments = worker_arguments(&socket, &log, confinement);
                     let options = dataplane::Options { socket, take_over, instance };

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tracing::{Event, Metadata};
-use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::filter::{LevelFilter, ParseError};
 use tracing_subscriber::layer::{Context, Filter, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
@@ -105,15 +105,45 @@ pub fn start(log: &Log) {
     }
 }
 
+/// Error of a level or of its change.
+#[derive(Debug, thiserror::Error)]
+pub enum LevelError {
+    /// A directive is a single word that is not a level.
+    #[error("{level:?}: {word:?} is not a level. {REMEDY}")]
+    Unknown {
+        /// The level, or filter, as a whole.
+        level: String,
+        /// The wrong directive.
+        word: String,
+    },
+    /// The text is not a filter.
+    #[error("{level:?}: {source}. {REMEDY}")]
+    Filter {
+        /// The level, or filter, as a whole.
+        level: String,
+        /// Error of the parser.
+        source: ParseError,
+    },
+    /// The process has no log.
+    #[error("the log has not been started")]
+    NotStarted,
+    /// The log cannot be changed.
+    #[error(transparent)]
+    Reload(#[from] reload::Error),
+}
+
+const REMEDY: &str = "Use error, warn, info, debug or trace, or a filter of these.";
+
 /// Sets the level, in the syntax of `log.level`. `None` restores the level of the start.
 ///
 /// # Errors
-/// No log was started, `level` is not valid ([`parse`]), or the log cannot be changed.
-pub fn set_level(level: Option<&str>) -> Result<(), String> {
-    let log = LOG.get().ok_or("the log has not been started")?;
+/// [`LevelError::NotStarted`] if no log was started, the errors of [`parse`], or
+/// [`LevelError::Reload`] if the log cannot be changed.
+pub fn set_level(level: Option<&str>) -> Result<(), LevelError> {
+    let log = LOG.get().ok_or(LevelError::NotStarted)?;
     let level = level.unwrap_or(&log.configured);
     let filter = parse(level)?;
-    log.level.reload(filter).map_err(|error| error.to_string())?;
+    log.level.reload(filter)?;
     tracing::info!(level, "log level changed");
     Ok(())
 }
@@ -121,20 +151,18 @@ pub fn set_level(level: Option<&str>) -> Result<(), String> {
 /// Parses a level, or a filter such as `skein_agent=debug,info`.
 ///
 /// # Errors
-/// The text is not a filter, or a directive is a single word that is not a level. The error
-/// contains the remedy.
-pub fn parse(level: &str) -> Result<EnvFilter, String> {
-    let refused = |error: String| {
-        format!("{level:?}: {error}. Use error, warn, info, debug or trace, or a filter of these.")
-    };
+/// [`LevelError::Filter`] if the text is not a filter, [`LevelError::Unknown`] if a directive is a
+/// single word that is not a level.
+pub fn parse(level: &str) -> Result<EnvFilter, LevelError> {
     // EnvFilter parses a misspelled level as the name of a module.
     let mut words = level.split(',').filter(|word| !word.contains(['=', '[']));
     // LevelFilter parses the empty string as `error`.
     let is_wrong = |word: &&str| level.is_empty() || word.parse::<LevelFilter>().is_err();
     if let Some(word) = words.find(is_wrong) {
-        return Err(refused(format!("{word:?} is not a level")));
+        return Err(LevelError::Unknown { level: level.to_owned(), word: word.to_owned() });
     }
-    EnvFilter::try_new(with_crates(level)).map_err(|error| refused(error.to_string()))
+    EnvFilter::try_new(with_crates(level))
+        .map_err(|source| LevelError::Filter { level: level.to_owned(), source })
 }
 
 /// Module names of `skein_agent` that a filter may use, and the crates that they stand for.
@@ -281,12 +309,13 @@ mod tests {
     #[test]
     fn invalid_filter_is_error_with_remedy() {
         assert!(parse("skein_agent=debug,info").is_ok());
-        assert!(parse("skein_agent=loud").unwrap_err().contains("Use error, warn, info"));
+        let error = parse("skein_agent=loud").unwrap_err().to_string();
+        assert!(error.contains("Use error, warn, info"), "{error}");
         for filter in ["INFO", "off", "[span{a}]=debug,info", "skein_agent[span]=trace"] {
             assert!(parse(filter).is_ok(), "{filter} is a filter");
         }
         for wrong in ["loud", "skein_agent", "info,loud", ""] {
-            let error = parse(wrong).unwrap_err();
+            let error = parse(wrong).unwrap_err().to_string();
             assert!(error.contains("is not a level"), "{wrong}: {error}");
         }
     }

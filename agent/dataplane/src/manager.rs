@@ -36,8 +36,8 @@ const CLOCK_INTERVAL: Duration = Duration::from_secs(1);
 const MAX_BATCH: usize = 32;
 
 /// Function that sets the filter of this process's log. `None` restores the filter of the process's
-/// start. The error is a sentence with the remedy.
-pub type SetLogLevel = fn(Option<&str>) -> Result<(), String>;
+/// start. The error contains the remedy.
+pub type SetLogLevel = fn(Option<&str>) -> anyhow::Result<()>;
 
 /// Starts the manager's thread. `state` is the state of the previous data process. The thread ends
 /// after [`Request::Shutdown`], or when every sender of its queue is dropped.
@@ -205,7 +205,8 @@ impl Manager {
                 )),
             },
             Request::LogLevel { level } => {
-                (self.set_log_level)(level.as_deref()).map_err(SetupError::Invalid)
+                let set = (self.set_log_level)(level.as_deref());
+                set.map_err(|error| SetupError::Invalid(format!("{error:#}")))
             }
             // The server sends `ToManager::HandOver` for a request with `HANDOVER_VERSION`.
             Request::TakeOver { version } => Err(SetupError::Invalid(format!(

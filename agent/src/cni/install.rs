@@ -6,6 +6,8 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use anyhow::bail;
+
 use super::conflist::{PLUGIN, foreign_types, repaired, wanted};
 use super::files::{InstallError, Mode, place, read, remove, repair_mode};
 use super::others;
@@ -31,31 +33,32 @@ impl Install {
     /// because pods cannot be deleted without it.
     ///
     /// # Errors
-    /// A message with the reason if a plugin of the chain is missing, if the plugins have no CNI
-    /// version in common, or if a file cannot be read or written.
-    pub(super) fn run(&mut self, config: &Cni, can_serve: bool) -> Result<(), String> {
-        let text = |error: InstallError| error.to_string();
-        let binary = can_serve && self.install_plugin(config).map_err(text)?;
+    /// An error if a plugin of the chain is missing, if the plugins have no CNI version in common
+    /// ([`NoCommonVersion`]), or if a file cannot be read or written ([`InstallError`]).
+    ///
+    /// [`NoCommonVersion`]: super::versions::NoCommonVersion
+    pub(super) fn run(&mut self, config: &Cni, can_serve: bool) -> anyhow::Result<()> {
+        let binary = can_serve && self.install_plugin(config)?;
         let missing = missing_plugins(config);
         if !missing.is_empty() {
             let directories = plugin_directories(config).map(|path| path.display().to_string());
-            return Err(format!(
+            bail!(
                 "{} of cni.chain not in {}. Install the plugin there, add its directory to \
                  cni.plugin_dirs, or remove it from cni.chain.",
                 missing.join(", "),
                 Vec::from_iter(directories).join(" or ")
-            ));
+            );
         }
         if !can_serve {
             return Ok(());
         }
         let configuration = self.install_configuration(config)?;
         if config.exclusive {
-            let aside = others::set_aside(config).map_err(text)?;
+            let aside = others::set_aside(config)?;
             if !aside.is_empty() {
                 tracing::warn!(files = ?aside, "configurations of other networks set aside");
             }
-            let back = others::restore_spared(config).map_err(text)?;
+            let back = others::restore_spared(config)?;
             if !back.is_empty() {
                 tracing::info!(
                     files = ?back,
@@ -80,11 +83,10 @@ impl Install {
     }
 
     /// Writes the network configuration, and returns whether it has changed.
-    fn install_configuration(&mut self, config: &Cni) -> Result<bool, String> {
+    fn install_configuration(&mut self, config: &Cni) -> anyhow::Result<bool> {
         let Some(directory) = &config.conf_dir else { return Ok(false) };
         let path = directory.join(&config.conf_file);
-        let text = |error: InstallError| error.to_string();
-        let present = read(&path).map_err(text)?;
+        let present = read(&path)?;
         let offer = self.versions.offer(&list_plugins(config, &present))?;
         if offer != self.offer {
             for limit in &offer.limits {
@@ -93,13 +95,13 @@ impl Install {
             self.offer = offer;
         }
         // Plugins have seconds to answer, and another program may have changed the list meanwhile.
-        let present = read(&path).map_err(text)?;
+        let present = read(&path)?;
         let Some(list) = repaired(wanted(config, &self.offer), &present) else {
-            return repair_mode(&path, Mode::CONFIGURATION).map_err(text);
+            return Ok(repair_mode(&path, Mode::CONFIGURATION)?);
         };
         let mut contents = serde_json::to_vec_pretty(&list).unwrap_or_default();
         contents.push(b'\n');
-        place(directory, config.conf_file.as_ref(), &contents, Mode::CONFIGURATION).map_err(text)
+        Ok(place(directory, config.conf_file.as_ref(), &contents, Mode::CONFIGURATION)?)
     }
 
     /// Installs the plugin's binary, and returns whether it has changed. If neither file has
@@ -257,7 +259,7 @@ mod tests {
         fs::write(directory.path().join("source"), "one").unwrap();
         let mut install = Install::default();
         for can_serve in [false, true] {
-            let reason = install.run(&config, can_serve).unwrap_err();
+            let reason = install.run(&config, can_serve).unwrap_err().to_string();
             let bin = config.bin_dir.as_ref().unwrap().display().to_string();
             assert!(reason.contains("portmap") && reason.contains(&bin), "{reason}");
             assert!(!list.exists(), "no pod would start with it");

@@ -224,7 +224,11 @@ impl Reconciler {
         let mut pod_errors = Vec::new();
         // Leases are adopted from the kernel first, because a spooled deletion needs the lease of
         // its pod.
-        let work = async { [self.service.reconcile().await, self.service.process_spool().await] };
+        let work = async {
+            let reconciled = self.service.reconcile().await.map_err(|error| error.to_string());
+            let spooled = self.service.process_spool().await.map_err(|error| error.to_string());
+            [reconciled, spooled]
+        };
         match tokio::time::timeout(RECONCILE_TIMEOUT, work).await {
             Err(_) => {
                 errors.push(format!(
@@ -240,7 +244,7 @@ impl Reconciler {
         if errors.is_empty() {
             self.service.prepared.store(true, Ordering::Release);
         }
-        errors.extend(self.install().await.err());
+        errors.extend(self.install().await.err().map(|error| error.to_string()));
         // An error of one pod must not make the node unready for all others.
         self.not_ready = match errors.is_empty() {
             true => None,
@@ -255,14 +259,14 @@ impl Reconciler {
 
     /// Installs the plugin, then the configuration, unless both are correct. The runtime starts
     /// pods as soon as the configuration exists.
-    async fn install(&mut self) -> Result<(), String> {
+    async fn install(&mut self) -> anyhow::Result<()> {
         let mut install = std::mem::take(&mut self.install);
         let (cni, can_serve) = (self.cni.clone(), self.can_serve);
         let work = tokio::task::spawn_blocking(move || {
             let result = install.run(&cni, can_serve);
             (install, result)
         });
-        let (install, result) = work.await.map_err(|error| error.to_string())?;
+        let (install, result) = work.await?;
         self.install = install;
         self.offers.send_replace(self.install.offer().clone());
         result

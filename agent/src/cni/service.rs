@@ -242,7 +242,8 @@ impl Service {
             .extend(stray.map(|net| format!("the lease does not have the address {}", net.addr())));
         let (netlink, fd) = (&self.netlink, netns.as_fd());
         problems.extend(self.attacher.check(netlink, fd, &check.id, &ips).await?);
-        problems.extend(self.protection.firewall.verify().await.err());
+        let verified = self.protection.firewall.verify().await;
+        problems.extend(verified.err().map(|error| error.to_string()));
         match problems.is_empty() {
             true => Ok(()),
             false => Err(Error::Broken(problems.join("; "))),
@@ -350,10 +351,10 @@ impl Service {
     /// which do not affect other pods.
     ///
     /// # Errors
-    /// A message if the kernel or the leases cannot be read; nothing is changed then.
-    pub(super) async fn reconcile(&self) -> Result<Vec<String>, String> {
-        let kernel = self.attacher.read_kernel(&self.netlink).await.map_err(|e| e.to_string())?;
-        let leases = self.leases.list().await.map_err(|error| error.to_string())?;
+    /// [`Error`] if the kernel or the leases cannot be read; nothing is changed then.
+    pub(super) async fn reconcile(&self) -> Result<Vec<String>, Error> {
+        let kernel = self.attacher.read_kernel(&self.netlink).await?;
+        let leases = self.leases.list().await?;
         let mut errors = Vec::new();
         for pod in &self.attacher.attachments(&kernel) {
             if pod.addresses.is_empty() || leases.iter().any(|lease| lease.id == pod.id) {

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process_group};
 use skein_cni_protocol::types::Version;
+use thiserror::Error;
 
 use crate::status::Offer;
 
@@ -71,7 +72,31 @@ pub(super) struct VersionCache(HashMap<PathBuf, CachedAnswer>);
 struct CachedAnswer {
     stamp: Option<Stamp>,
     queried_at: Instant,
-    answer: Result<Vec<Version>, String>,
+    answer: Result<Vec<Version>, QueryError>,
+}
+
+/// Reason why a plugin's versions are not known.
+#[derive(Debug, Error)]
+enum QueryError {
+    /// The plugin cannot be started, or its answer cannot be read.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error("no answer within {VERSION_TIMEOUT:?}")]
+    Timeout,
+    #[error("its answer to VERSION is not valid")]
+    Invalid,
+}
+
+/// The plugins of `cni.chain` have no CNI version in common.
+#[derive(Debug, Error)]
+#[error(
+    "no CNI version suits all plugins of cni.chain: skein-cni supports {}, {}. Install a newer \
+     plugin, or remove it from cni.chain.",
+    names(&OFFERED), .supported.join(", ")
+)]
+pub(super) struct NoCommonVersion {
+    /// Each plugin with its versions.
+    supported: Vec<String>,
 }
 
 impl VersionCache {
@@ -81,22 +106,21 @@ impl VersionCache {
     /// of another program counts only if it answers and leaves a common version.
     ///
     /// # Errors
-    /// A message that names each plugin with its versions if Skein's own entries have no version in
-    /// common.
-    pub(super) fn offer(&mut self, plugins: &[Plugin]) -> Result<Offer, String> {
+    /// [`NoCommonVersion`] if Skein's own entries have no version in common.
+    pub(super) fn offer(&mut self, plugins: &[Plugin]) -> Result<Offer, NoCommonVersion> {
         self.0.retain(|path, _| plugins.iter().any(|plugin| plugin.paths.contains(path)));
         let (mut common, mut limits, mut all) = (OFFERED.to_vec(), Vec::new(), Vec::new());
         // Skein's own entries come first: entries of other programs must not exclude the version
         // that these have in common.
         for own in [true, false] {
             for path in plugins.iter().filter(|p| p.own == own).flat_map(|plugin| &plugin.paths) {
-                let (shown, answer) = (path.display(), self.answer(path).clone());
-                let supported = match answer {
+                let shown = path.display();
+                let supported = match self.answer(path) {
                     Ok(versions) => {
                         if !versions.contains(&Version::NEWEST) {
-                            limits.push(format!("{shown} supports {}", names(&versions)));
+                            limits.push(format!("{shown} supports {}", names(versions)));
                         }
-                        versions
+                        versions.clone()
                     }
                     Err(_) if !own => continue,
                     Err(error) => {
@@ -120,18 +144,13 @@ impl VersionCache {
             }
         }
         if common.is_empty() {
-            return Err(format!(
-                "no CNI version suits all plugins of cni.chain: skein-cni supports {}, {}. Install a \
-                 newer plugin, or remove it from cni.chain.",
-                names(&OFFERED),
-                all.join(", ")
-            ));
+            return Err(NoCommonVersion { supported: all });
         }
         let versions = common.into_iter().map(|version| version.name().to_owned()).collect();
         Ok(Offer { versions, limits })
     }
 
-    fn answer(&mut self, path: &Path) -> &Result<Vec<Version>, String> {
+    fn answer(&mut self, path: &Path) -> &Result<Vec<Version>, QueryError> {
         let now = stamp(path);
         let due = self.0.get(path).is_none_or(|known| {
             known.stamp != now
@@ -157,8 +176,8 @@ fn names(versions: &[Version]) -> String {
 }
 
 /// Calls a plugin with `VERSION` and returns the versions of its answer that Skein knows.
-fn query_versions(path: &Path) -> Result<Vec<Version>, String> {
-    let mut child = start(path).map_err(|error| error.to_string())?;
+fn query_versions(path: &Path) -> Result<Vec<Version>, QueryError> {
+    let mut child = start(path)?;
     if let Some(mut input) = child.stdin.take() {
         // A plugin may close its input unread.
         let _ = input
@@ -177,9 +196,8 @@ fn query_versions(path: &Path) -> Result<Vec<Version>, String> {
     // process group, whose number is not reused before the wait.
     let _ = kill_process_group(Pid::from_child(&child), Signal::KILL);
     let _ = child.wait();
-    let text = answer.map_err(|_| format!("no answer within {VERSION_TIMEOUT:?}"))?;
-    let text = text.map_err(|error| error.to_string())?;
-    parse(&text).ok_or_else(|| "its answer to VERSION is not valid".to_owned())
+    let text = answer.map_err(|_| QueryError::Timeout)??;
+    parse(&text).ok_or(QueryError::Invalid)
 }
 
 fn start(path: &Path) -> io::Result<std::process::Child> {
@@ -283,12 +301,12 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let new = plugin(directory.path(), "new", &supports(&["1.1.0"]));
         let old = plugin(directory.path(), "old", &supports(&["0.1.0", "0.3.1"]));
-        let error = VersionCache::default().offer(&[own(&new), own(&old)]).unwrap_err();
+        let error = VersionCache::default().offer(&[own(&new), own(&old)]).unwrap_err().to_string();
         for part in ["/new supports 1.1.0", "/old supports 0.3.1", "cni.chain"] {
             assert!(error.contains(part), "{error}");
         }
         let ancient = plugin(directory.path(), "ancient", &supports(&["0.1.0"]));
-        let error = VersionCache::default().offer(&[own(&ancient)]).unwrap_err();
+        let error = VersionCache::default().offer(&[own(&ancient)]).unwrap_err().to_string();
         assert!(error.contains("/ancient supports no version"), "{error}");
     }
 

@@ -58,11 +58,15 @@ async fn firewall_probes(config: Result<Option<&Config>, String>) -> [Probe; 2] 
     let table = probe::table()
         .map(|()| "the kernel accepts Skein's nftables table".to_owned())
         .map_err(|why| format!("{why}; {OPEN_BORDER}"));
+    let open = async |interface: &str, pods| match probe::forward_chains(interface, pods).await {
+        Ok(()) => Ok("no chain of another program drops forwarded packets".to_owned()),
+        Err(closed) => Err(closed.to_string()),
+    };
     let closed = match config {
-        Ok(Some(config)) => probe::forward_chains(&config.interface.name, config.cni.enabled).await,
+        Ok(Some(config)) => open(&config.interface.name, config.cni.enabled).await,
         Ok(None) => {
             let note = |text| format!("before installation: {text}");
-            probe::forward_chains(DEFAULT_INTERFACE, true).await.map(note).map_err(note)
+            open(DEFAULT_INTERFACE, true).await.map(note).map_err(note)
         }
         Err(error) => Err(format!("not examined: {error}")),
     };

@@ -133,7 +133,7 @@ pub(crate) struct LogLevelArgs {
 pub(crate) fn log_level(arguments: &LogLevelArgs) -> Result<(), Failure> {
     let level = arguments.level.as_deref();
     if let Some(level) = level {
-        logging::parse(level).map_err(Failure::Usage)?;
+        logging::parse(level).map_err(|error| Failure::Usage(error.to_string()))?;
     }
     let agent = arguments.agent.agent()?;
     let answer = runtime()?.block_on(agent_client::set_log_level(agent.socket(), level));

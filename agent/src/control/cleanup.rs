@@ -1,10 +1,12 @@
 //! Removal of everything that an agent leaves on its node: data process, interfaces, routes, rules,
 //! sockets, and on request its state directory.
 
+use std::fmt::Display;
 use std::io;
 use std::path::Path;
 use std::time::Duration;
 
+use anyhow::{anyhow, bail};
 use skein_ipc::{NodeIdentity, Request};
 use skein_netlink::firewall;
 use skein_netlink::interface::ALIAS_PREFIX;
@@ -36,7 +38,7 @@ pub struct CleanupReport {
 
 impl CleanupReport {
     /// Adds the result of one removal; `Ok(false)` means that the thing did not exist.
-    fn add(&mut self, what: &str, result: Result<bool, String>) {
+    fn add(&mut self, what: &str, result: Result<bool, impl Display>) {
         match result {
             Ok(true) => self.removed.push(what.to_owned()),
             Ok(false) => {}
@@ -73,7 +75,7 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<CleanupReport, Fail
     }
     let former = Stored::read(config).and_then(|stored| stored.former_table(config));
     for table in [config.cni.table.clone()].into_iter().chain(former) {
-        let removed = firewall::remove(&table).await.map_err(|error| error.to_string());
+        let removed = firewall::remove(&table).await;
         cleaned.add(&format!("nftables table inet {table}"), removed);
     }
     let interface = format!("interface {}", config.interface.name);
@@ -113,8 +115,7 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<CleanupReport, Fail
         }
     }
     if let Some(lock) = lock {
-        let removed = lock.remove().map(|()| false).map_err(|error| error.to_string());
-        cleaned.add("lock", removed);
+        cleaned.add("lock", lock.remove().map(|()| false));
     }
     if state {
         let directory = &config.state_dir;
@@ -134,7 +135,7 @@ fn remove_spool(spool: &Path, cleaned: &mut CleanupReport) {
 }
 
 /// Removes a directory if it is empty; returns whether it was removed.
-fn remove_directory(path: &Path) -> Result<bool, String> {
+fn remove_directory(path: &Path) -> io::Result<bool> {
     use io::ErrorKind::{DirectoryNotEmpty, NotFound, ReadOnlyFilesystem, ResourceBusy};
     match std::fs::remove_dir(path) {
         Ok(()) => Ok(true),
@@ -147,53 +148,54 @@ fn remove_directory(path: &Path) -> Result<bool, String> {
         {
             Ok(false)
         }
-        Err(error) => Err(error.to_string()),
+        Err(error) => Err(error),
     }
 }
 
-async fn stop_dataplane(config: &Config) -> Result<bool, String> {
+/// Stops the data process; returns whether there was one.
+async fn stop_dataplane(config: &Config) -> anyhow::Result<bool> {
     let socket = &config.dataplane.socket;
     let mut client = match Client::connect(socket).await {
         Ok(client) => client,
         Err(ClientError::Io(error)) if is_no_listener(&error) => return Ok(false),
         Err(error) => {
-            return Err(format!(
+            bail!(
                 "{}: {error}. Stop the process that listens, and clean up again.",
                 socket.display()
-            ));
+            );
         }
     };
     // The key identifies a data process of this node after a change of the node's name.
     let key = identity::load(&config.key_path()).ok().flatten().and_then(|key| key.public().ok());
     let ours = |node: &NodeIdentity| node.name == config.name || Some(node.public_key) == key;
     if let Some(node) = client.node().filter(|node| !ours(node)) {
-        return Err(format!("it works for the node {:?} and is not stopped", node.name));
+        bail!("it works for the node {:?} and is not stopped", node.name);
     }
     let stop = async {
         match client.apply(&Request::Shutdown).await {
             Ok(_) => client.closed().await,
             // The process may exit before it has written its answer.
             Err(ClientError::Io(error)) if is_disconnect(&error) => {}
-            Err(error) => return Err(error.to_string()),
+            Err(error) => return Err(error.into()),
         }
         Ok(true)
     };
-    let late = || Err(format!("it does not exit within {STOP_TIMEOUT:?}. Kill it."));
+    let late = || Err(anyhow!("it does not exit within {STOP_TIMEOUT:?}. Kill it."));
     tokio::time::timeout(STOP_TIMEOUT, stop).await.unwrap_or_else(|_| late())
 }
 
-async fn remove_interface(config: &Config, staged: &StagedInterface) -> Result<bool, String> {
+async fn remove_interface(config: &Config, staged: &StagedInterface) -> anyhow::Result<bool> {
     let name = &config.interface.name;
-    let netlink = Netlink::connect().map_err(|error| error.to_string())?;
-    let mut links = netlink.links().await.map_err(|error| error.to_string())?;
+    let netlink = Netlink::connect()?;
+    let mut links = netlink.links().await?;
     links.retain(|link| link.is_tun_of(&config.alias()) && link.name != staged.name());
     let mut removed = false;
     // Interfaces of this node that another program renamed.
     for link in links {
-        netlink.delete_link(link.index).await.map_err(|error| error.to_string())?;
+        netlink.delete_link(link.index).await?;
         removed = true;
     }
-    let Some(link) = netlink.link(name).await.map_err(|error| error.to_string())? else {
+    let Some(link) = netlink.link(name).await? else {
         return Ok(removed);
     };
     if link.alias != config.alias() {
@@ -201,9 +203,9 @@ async fn remove_interface(config: &Config, staged: &StagedInterface) -> Result<b
             Some(node) => format!("the Skein node {node:?}"),
             None => format!("another program ({link})"),
         };
-        return Err(format!("it belongs to {owner} and is not removed"));
+        bail!("it belongs to {owner} and is not removed");
     }
-    netlink.delete_link(link.index).await.map_err(|error| error.to_string())?;
+    netlink.delete_link(link.index).await?;
     Ok(true)
 }
 
@@ -230,16 +232,15 @@ async fn remove_unreachable_routes(config: &Config, cleaned: &mut CleanupReport)
     }
 }
 
-async fn remove_staged(staged: &StagedInterface) -> Result<bool, String> {
-    let netlink = Netlink::connect().map_err(|error| error.to_string())?;
-    staged.remove(&netlink).await.map_err(|error| error.to_string())
+async fn remove_staged(staged: &StagedInterface) -> anyhow::Result<bool> {
+    Ok(staged.remove(&Netlink::connect()?).await?)
 }
 
-fn remove_file(path: &Path) -> Result<bool, String> {
+fn remove_file(path: &Path) -> io::Result<bool> {
     match std::fs::remove_file(path) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(error.to_string()),
+        Err(error) => Err(error),
     }
 }
 
@@ -261,11 +262,10 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("socket");
         let config = config(&socket);
-        assert_eq!(stop_dataplane(&config).await, Ok(false));
+        assert!(!stop_dataplane(&config).await.unwrap());
         drop(UnixListener::bind(&socket).unwrap());
-        assert_eq!(
-            stop_dataplane(&config).await,
-            Ok(false),
+        assert!(
+            !stop_dataplane(&config).await.unwrap(),
             "A socket file without a process must be no error."
         );
         std::fs::remove_file(&socket).unwrap();
@@ -289,8 +289,10 @@ mod tests {
                 "The data process of another node must get no further request."
             );
         });
-        assert!(stop_dataplane(&config).await.unwrap_err().contains("clean up again"));
-        assert!(stop_dataplane(&config).await.unwrap_err().contains("node-b"));
+        for expected in ["clean up again", "node-b"] {
+            let error = stop_dataplane(&config).await.unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
         thread.join().unwrap();
     }
 
@@ -312,7 +314,7 @@ mod tests {
             let asked = read_frame::<Request>(&mut stream).unwrap();
             assert!(matches!(asked, Some(Request::Shutdown)));
         });
-        assert_eq!(stop_dataplane(&config(&socket)).await, Ok(true));
+        assert!(stop_dataplane(&config(&socket)).await.unwrap());
         thread.join().unwrap();
     }
 
@@ -348,7 +350,7 @@ mod tests {
         }
         std::fs::write(directory.path().join("other"), "not ours").unwrap();
         for file in rotation::files::all(&key) {
-            assert_eq!(remove_file(&file), Ok(true), "{}", file.display());
+            assert!(remove_file(&file).unwrap(), "{} did not exist", file.display());
         }
         let left = std::fs::read_dir(directory.path()).unwrap();
         assert_eq!(left.map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>(), ["other"]);

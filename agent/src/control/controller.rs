@@ -385,7 +385,7 @@ impl Controller {
             self.firewall.set_rules(Rules::none(&self.config.cni.table));
             if let Err(error) = self.firewall.wait_until_applied().await {
                 tracing::error!(
-                    error,
+                    %error,
                     "nftables table not removed. Remove it with skein-agent cleanup."
                 );
             }

@@ -6,14 +6,14 @@ use skein_ipc::Request;
 use thiserror::Error;
 
 use super::client::{Client, ClientError};
-use crate::logging;
+use crate::logging::{self, LevelError};
 
 /// Failure to set the log level.
 #[derive(Debug, Error)]
 pub enum LogLevelError {
     /// The level is not a level or a filter, or the process has no log.
-    #[error("{0}")]
-    Agent(String),
+    #[error(transparent)]
+    Agent(#[from] LevelError),
     /// The level is set in this process, but not in the data process.
     #[error("the level is set in the agent only: {0}")]
     DataProcess(#[from] ClientError),
@@ -32,7 +32,7 @@ impl LogLevels {
     /// # Errors
     /// [`LogLevelError`] if the level is invalid, or if only this process has it.
     pub async fn set(&self, level: Option<&str>) -> Result<(), LogLevelError> {
-        logging::set_level(level).map_err(LogLevelError::Agent)?;
+        logging::set_level(level)?;
         let request = Request::LogLevel { level: level.map(str::to_owned) };
         let ask =
             async { Client::connect(&self.dataplane).await?.request(&request).await.map(drop) };

@@ -63,6 +63,17 @@ impl fmt::Display for RecordError {
 
 impl std::error::Error for RecordError {}
 
+/// Failure to read the source of the records.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// The path does not exist, or the directory cannot be listed.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+    /// The API server has not sent all records yet; the text names what is missing.
+    #[error("{0}")]
+    Incomplete(String),
+}
+
 /// Records of each file, or the reason to refuse the file, by path.
 pub type ParsedRecords = BTreeMap<PathBuf, Result<Vec<NodeRecord>, RecordError>>;
 

@@ -115,7 +115,7 @@ impl Registry {
             (Err(error), Some(stored)) => {
                 tracing::warn!(source = %shown, %error, "cannot read the node records, using the last valid records");
                 let files = stored.iter().map(|(path, good)| (path.clone(), Ok(good.clone())));
-                (files.collect(), Some(error))
+                (files.collect(), Some(error.to_string()))
             }
             (Err(error), None) => {
                 return Err(Failure::Usage(format!(
@@ -171,6 +171,7 @@ impl Registry {
         let files = match self.source.read() {
             Ok(files) => files,
             Err(error) => {
+                let error = error.to_string();
                 if self.source_error.as_ref() != Some(&error) {
                     tracing::error!(source = %self.source.name().display(), %error,
                         "cannot read the node records, the active records stay");

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::kubernetes::{self, Kubernetes, Records};
-use super::records::{self, ParsedRecords};
+use super::records::{self, ParsedRecords, SourceError};
 use crate::watch::SourceWatch;
 
 /// Source of the node records. Cheap to clone.
@@ -28,10 +28,10 @@ impl RecordSource {
     /// Reads all records.
     ///
     /// # Errors
-    /// A message if the path cannot be read, or if not all SkeinNodes are known yet.
-    pub fn read(&self) -> Result<ParsedRecords, String> {
+    /// [`SourceError`] if the path cannot be read, or if not all SkeinNodes are known yet.
+    pub fn read(&self) -> Result<ParsedRecords, SourceError> {
         match self {
-            RecordSource::Path(path) => records::read(path).map_err(|error| error.to_string()),
+            RecordSource::Path(path) => Ok(records::read(path)?),
             RecordSource::Kubernetes(records) => records.read(),
         }
     }

@@ -8,7 +8,7 @@ use prometheus::proto::MetricFamily;
 use skein_ipc::keys::PublicKeys;
 use tokio::sync::watch;
 
-use super::records::ParsedRecords;
+use super::records::{ParsedRecords, SourceError};
 use super::view::AgentView;
 use crate::config::Config;
 use crate::failure::Failure;
@@ -76,7 +76,7 @@ impl Records {
     ///
     /// # Errors
     /// No error is possible.
-    pub fn read(&self) -> Result<ParsedRecords, String> {
+    pub fn read(&self) -> Result<ParsedRecords, SourceError> {
         match *self {}
     }
 

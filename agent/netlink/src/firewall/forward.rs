@@ -10,6 +10,7 @@
 use std::fmt;
 
 use serde_json::{Value, json};
+use thiserror::Error;
 
 use super::legacy;
 use super::nft::{FirewallError, nft};
@@ -137,15 +138,38 @@ pub async fn ensure(interface: &str, pods: bool, accept: bool) -> ForwardReport 
     forward
 }
 
+/// Reason why rules of [`ensure`] may remain.
+#[derive(Debug, Error)]
+pub enum RemovalError {
+    /// The chains cannot be listed.
+    #[error(transparent)]
+    List(#[from] FirewallError),
+    /// These chains could not be changed; each entry has the error.
+    #[error("{}", .0.join("; "))]
+    Chains(Vec<String>),
+}
+
+/// Reason why a chain of another program still drops packets of pods, as the end of a sentence.
+#[derive(Debug, Error)]
+enum StillClosed {
+    /// Rules must not be added.
+    #[error("")]
+    NotAccepted,
+    #[error(", and cannot be changed (nft does not read its name)")]
+    Name,
+    #[error(", and cannot be changed ({0})")]
+    Firewall(#[from] FirewallError),
+}
+
 /// Removes the rules of [`ensure`] from all chains. Returns whether there were any. Continues after
 /// an error.
 ///
 /// # Errors
-/// A list of the chains that could not be changed, each with the error.
-pub async fn remove() -> Result<bool, String> {
+/// [`RemovalError`] with the chains that could not be changed, or if the chains cannot be listed.
+pub async fn remove() -> Result<bool, RemovalError> {
     let chains = match chains().await {
         Err(FirewallError::Missing) => return Ok(false),
-        chains => chains.map_err(|error| error.to_string())?,
+        chains => chains?,
     };
     let (mut removed, mut errors) = (false, Vec::new());
     for chain in &chains {
@@ -156,7 +180,7 @@ pub async fn remove() -> Result<bool, String> {
     }
     match errors.is_empty() {
         true => Ok(removed),
-        false => Err(errors.join("; ")),
+        false => Err(RemovalError::Chains(errors)),
     }
 }
 
@@ -176,17 +200,23 @@ async fn remove_rules(chain: &Chain) -> Result<bool, FirewallError> {
 /// Adds the missing rules to a chain. Returns whether rules were added.
 ///
 /// # Errors
-/// The reason why the rules are still missing; empty if `accept` is unset.
-async fn add_rules(chain: &Chain, wanted: &[AcceptRule], accept: bool) -> Result<bool, String> {
-    let because = |error: FirewallError| format!(", and cannot be changed ({error})");
+/// [`StillClosed`] if rules are missing and were not added.
+async fn add_rules(
+    chain: &Chain,
+    wanted: &[AcceptRule],
+    accept: bool,
+) -> Result<bool, StillClosed> {
     if !chain.has_plain_names() {
-        return Err(", and cannot be changed (nft does not read its name)".to_owned());
+        return Err(StillClosed::Name);
     }
-    let present = rules(chain).await.map_err(because)?;
+    let present = rules(chain).await?;
     match (changes(chain, &present, wanted), accept) {
         (None, _) => Ok(false),
-        (Some(_), false) => Err(String::new()),
-        (Some(text), true) => nft(&["-f", "-"], &text).await.map(|_| true).map_err(because),
+        (Some(_), false) => Err(StillClosed::NotAccepted),
+        (Some(text), true) => {
+            nft(&["-f", "-"], &text).await?;
+            Ok(true)
+        }
     }
 }
 
@@ -365,7 +395,7 @@ mod tests {
         for chain in chains {
             // Without the check, `nft` would refuse the name or run it, which gives another error.
             let refused = runtime.block_on(add_rules(&chain, &[], true)).unwrap_err();
-            assert!(refused.contains("does not read its name"), "{chain}: {refused}");
+            assert!(matches!(refused, StillClosed::Name), "{chain}: {refused}");
             assert!(!runtime.block_on(remove_rules(&chain)).unwrap(), "{chain}");
         }
     }

@@ -6,12 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use thiserror::Error;
 use tokio::sync::{Mutex, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::counters::{self, Counters};
 use super::forward;
+use super::nft::FirewallError;
 use super::rules::Rules;
 use super::table::{Table, list};
 
@@ -42,6 +44,31 @@ pub struct FirewallStatus {
     /// `true` once the FORWARD chains of other programs have been read with `nft`.
     #[serde(default)]
     pub forward_read: bool,
+}
+
+/// Reason why the table is not as configured.
+#[derive(Debug, Error)]
+pub enum TableError {
+    /// The task of the firewall has ended.
+    #[error("the firewall's task has ended")]
+    Ended,
+    /// The table is not installed; the text is [`FirewallStatus::error`].
+    #[error("{0}")]
+    NotInstalled(String),
+    /// Another program has changed the table.
+    #[error("the nftables table inet {table} was changed")]
+    Changed {
+        /// Name of the table.
+        table: String,
+    },
+    /// The table cannot be listed.
+    #[error("the nftables table inet {table} cannot be read: {source}")]
+    Unreadable {
+        /// Name of the table.
+        table: String,
+        /// Error of `nft`.
+        source: FirewallError,
+    },
 }
 
 /// Result of the last comparison of the table.
@@ -107,20 +134,22 @@ impl Firewall {
     /// Waits until the latest rules were applied or refused.
     ///
     /// # Errors
-    /// The reason why the table is not installed.
-    pub async fn wait_until_applied(&self) -> Result<(), String> {
+    /// [`TableError::NotInstalled`] with the reason, [`TableError::Ended`] without the firewall's
+    /// task.
+    pub async fn wait_until_applied(&self) -> Result<(), TableError> {
         let revision = self.rules.borrow().0;
         let mut state = self.state.clone();
         let wait_until_applied = state.wait_for(|state| state.revision >= revision).await;
-        let state = wait_until_applied.map_err(|_| "the firewall's task has ended".to_owned())?;
-        state.status.error.clone().map_or(Ok(()), Err)
+        let state = wait_until_applied.map_err(|_| TableError::Ended)?;
+        state.status.error.clone().map_or(Ok(()), |error| Err(TableError::NotInstalled(error)))
     }
 
     /// Compares the table in the kernel with the installed version.
     ///
     /// # Errors
-    /// A sentence that says how the table differs.
-    pub async fn verify(&self) -> Result<(), String> {
+    /// [`TableError::Changed`] or [`TableError::Unreadable`], and the errors of
+    /// [`Self::wait_until_applied`].
+    pub async fn verify(&self) -> Result<(), TableError> {
         self.wait_until_applied().await?;
         let (table, listed) = {
             let state = self.state.borrow();
@@ -129,8 +158,8 @@ impl Firewall {
         let Some(listed) = listed else { return Ok(()) };
         match list(&table).await {
             Ok(now) if now == listed => Ok(()),
-            Ok(_) => Err(format!("the nftables table inet {table} was changed")),
-            Err(error) => Err(format!("the nftables table inet {table} cannot be read: {error}")),
+            Ok(_) => Err(TableError::Changed { table }),
+            Err(source) => Err(TableError::Unreadable { table, source }),
         }
     }
 

@@ -50,12 +50,17 @@ pub enum PolicyTier {
 #[serde(try_from = "i64")]
 pub struct Priority(pub u16);
 
-impl TryFrom<i64> for Priority {
-    type Error = String;
+/// A priority is not between 0 and 1000.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("priority {0} is not between 0 and 1000")]
+pub struct PriorityError(i64);
 
-    fn try_from(value: i64) -> Result<Self, String> {
+impl TryFrom<i64> for Priority {
+    type Error = PriorityError;
+
+    fn try_from(value: i64) -> Result<Self, PriorityError> {
         let valid = u16::try_from(value).ok().filter(|priority| *priority <= 1000);
-        valid.map(Self).ok_or_else(|| format!("priority {value} is not between 0 and 1000"))
+        valid.map(Self).ok_or(PriorityError(value))
     }
 }
 

@@ -64,6 +64,35 @@ struct RawRequirement {
     values: BTreeSet<String>,
 }
 
+/// Reason why a condition on a label cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RequirementError {
+    /// `In` or `NotIn` without values.
+    #[error("operator {operator} of key {key:?} needs values")]
+    NeedsValues {
+        /// Operator of the condition.
+        operator: String,
+        /// Key of the label.
+        key: String,
+    },
+    /// `Exists` or `DoesNotExist` with values.
+    #[error("operator {operator} of key {key:?} takes no values")]
+    TakesNoValues {
+        /// Operator of the condition.
+        operator: String,
+        /// Key of the label.
+        key: String,
+    },
+    /// The operator is not one of the four.
+    #[error("operator {operator:?} of key {key:?} is unknown")]
+    UnknownOperator {
+        /// Operator of the condition.
+        operator: String,
+        /// Key of the label.
+        key: String,
+    },
+}
+
 impl From<Requirement> for RawRequirement {
     fn from(requirement: Requirement) -> Self {
         let (operator, values) = match requirement.operator {
@@ -77,9 +106,9 @@ impl From<Requirement> for RawRequirement {
 }
 
 impl TryFrom<RawRequirement> for Requirement {
-    type Error = String;
+    type Error = RequirementError;
 
-    fn try_from(raw: RawRequirement) -> Result<Self, String> {
+    fn try_from(raw: RawRequirement) -> Result<Self, RequirementError> {
         let RawRequirement { key, operator, values } = raw;
         let operator = match (operator.as_str(), values.is_empty()) {
             ("In", false) => Operator::In(values),
@@ -87,12 +116,12 @@ impl TryFrom<RawRequirement> for Requirement {
             ("Exists", true) => Operator::Exists,
             ("DoesNotExist", true) => Operator::DoesNotExist,
             ("In" | "NotIn", true) => {
-                return Err(format!("operator {operator} of key {key:?} needs values"));
+                return Err(RequirementError::NeedsValues { operator, key });
             }
             ("Exists" | "DoesNotExist", false) => {
-                return Err(format!("operator {operator} of key {key:?} takes no values"));
+                return Err(RequirementError::TakesNoValues { operator, key });
             }
-            _ => return Err(format!("operator {operator:?} of key {key:?} is unknown")),
+            _ => return Err(RequirementError::UnknownOperator { operator, key }),
         };
         Ok(Self { key, operator })
     }

@@ -19,10 +19,11 @@ mod tests;
 pub use cidr::{Cidr, CidrError, IpBlock};
 pub use cluster_network_policy::{
     ClusterNetworkPolicy, ClusterNetworkPolicySpec, ClusterRule, EgressPeer, IngressPeer,
-    NamespacedPod, PolicyTier, Priority, RuleAction, Subject, TransportMatch, TransportProtocol,
+    NamespacedPod, PolicyTier, Priority, PriorityError, RuleAction, Subject, TransportMatch,
+    TransportProtocol,
 };
 pub use defect::Defect;
-pub use label::{LabelSelector, Labels, METADATA_NAME, Operator, Requirement};
+pub use label::{LabelSelector, Labels, METADATA_NAME, Operator, Requirement, RequirementError};
 pub use network_policy::{
     EgressRule, IngressRule, NetworkPolicy, NetworkPolicySpec, Peer, PolicyType,
 };
@@ -31,4 +32,4 @@ pub use object::{
     PodSpec, PodStatus,
 };
 pub use parsed::Parsed;
-pub use port::{PolicyPort, Port, PortRange, PortSelector, Protocol};
+pub use port::{PolicyPort, Port, PortError, PortRange, PortSelector, Protocol};

@@ -105,43 +105,71 @@ enum RawClusterPort {
     Range(PortRange),
 }
 
-impl TryFrom<RawPort> for PolicyPort {
-    type Error = String;
+/// Reason why a port or a range of ports cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PortError {
+    /// The number is not an integer.
+    #[error("port {0} is no number")]
+    NotAnInteger(serde_json::Number),
+    /// The text has no letter.
+    #[error("{0:?} is not the name of a port: a name has a letter")]
+    NotAName(String),
+    /// `endPort` stands without a number in `port`.
+    #[error("endPort needs a port number in port")]
+    EndWithoutNumber,
+    /// The value is neither a number nor a text.
+    #[error("{0} is not a port")]
+    NotAPort(Value),
+    /// The number is not between 1 and 65535.
+    #[error("port {0} is not between 1 and 65535")]
+    OutOfRange(i64),
+    /// The first port of the range is higher than the last one.
+    #[error("port range {start} to {end} is empty")]
+    EmptyRange {
+        /// First port.
+        start: i64,
+        /// Last port.
+        end: i64,
+    },
+}
 
-    fn try_from(raw: RawPort) -> Result<Self, String> {
+impl TryFrom<RawPort> for PolicyPort {
+    type Error = PortError;
+
+    fn try_from(raw: RawPort) -> Result<Self, PortError> {
         let port = match (raw.port, raw.end_port) {
             (None, None) => PortSelector::All,
             (Some(Value::Number(start)), end) => {
-                let start = start.as_i64().ok_or_else(|| format!("port {start} is no number"))?;
+                let start = start.as_i64().ok_or(PortError::NotAnInteger(start))?;
                 PortSelector::Range(range(start, end.unwrap_or(start))?)
             }
             (Some(Value::String(name)), None) if name.bytes().any(|b| b.is_ascii_lowercase()) => {
                 PortSelector::Named(name)
             }
             (Some(Value::String(name)), None) => {
-                return Err(format!("{name:?} is not the name of a port: a name has a letter"));
+                return Err(PortError::NotAName(name));
             }
             (None | Some(Value::String(_)), Some(_)) => {
-                return Err("endPort needs a port number in port".to_owned());
+                return Err(PortError::EndWithoutNumber);
             }
-            (Some(other), _) => return Err(format!("{other} is not a port")),
+            (Some(other), _) => return Err(PortError::NotAPort(other)),
         };
         Ok(Self { protocol: raw.protocol.unwrap_or_default(), port })
     }
 }
 
 impl TryFrom<RawRange> for PortRange {
-    type Error = String;
+    type Error = PortError;
 
-    fn try_from(raw: RawRange) -> Result<Self, String> {
+    fn try_from(raw: RawRange) -> Result<Self, PortError> {
         range(raw.start, raw.end)
     }
 }
 
 impl TryFrom<RawClusterPort> for Port {
-    type Error = String;
+    type Error = PortError;
 
-    fn try_from(raw: RawClusterPort) -> Result<Self, String> {
+    fn try_from(raw: RawClusterPort) -> Result<Self, PortError> {
         match raw {
             RawClusterPort::Number(number) => range(number, number).map(Self),
             RawClusterPort::Range(range) => Ok(Self(range)),
@@ -149,14 +177,14 @@ impl TryFrom<RawClusterPort> for Port {
     }
 }
 
-fn range(start: i64, end: i64) -> Result<PortRange, String> {
+fn range(start: i64, end: i64) -> Result<PortRange, PortError> {
     let port = |number: i64| {
         let valid = u16::try_from(number).ok().filter(|port| *port > 0);
-        valid.ok_or_else(|| format!("port {number} is not between 1 and 65535"))
+        valid.ok_or(PortError::OutOfRange(number))
     };
     let range = PortRange { start: port(start)?, end: port(end)? };
     if range.start > range.end {
-        return Err(format!("port range {start} to {end} is empty"));
+        return Err(PortError::EmptyRange { start, end });
     }
     Ok(range)
 }

@@ -1,5 +1,6 @@
 //! DEL requests: processing at once, from the spool, and after a failed write of the leases.
 
+use std::io;
 use std::path::Path;
 
 use skein_cni_protocol::{AttachmentId, CniError, Command, Request, spool};
@@ -48,27 +49,25 @@ impl Service {
     /// answer. Returns the errors of single entries.
     ///
     /// # Errors
-    /// A message if the spool cannot be listed.
-    pub(in crate::cni) async fn process_spool(&self) -> Result<Vec<String>, String> {
+    /// An I/O error if the spool cannot be listed.
+    pub(in crate::cni) async fn process_spool(&self) -> io::Result<Vec<String>> {
         let directory = self.pending.spool.clone();
-        let listing = tokio::task::spawn_blocking(move || spool::list(&directory)).await;
-        let listing =
-            listing.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
+        let listing = tokio::task::spawn_blocking(move || spool::list(&directory)).await??;
         let mut errors = Vec::new();
         for entry in listing {
             let shown = entry.path.display();
-            let done = match &entry.request {
-                Ok(Request { command: Command::Del(del), .. }) => self
-                    .complete_spooled(&del.id, &entry.path)
-                    .await
-                    .map_err(|error| error.to_string()),
+            let error = match &entry.request {
+                Ok(Request { command: Command::Del(del), .. }) => {
+                    let completed = self.complete_spooled(&del.id, &entry.path).await;
+                    completed.err().map(|error| error.to_string())
+                }
                 // An I/O error may be temporary: the entry stays.
-                Err(error @ spool::EntryError::Io(_)) => Err(format!("{shown}: {error}")),
+                Err(error @ spool::EntryError::Io(_)) => Some(format!("{shown}: {error}")),
                 // An invalid entry can never be processed; the returned error is logged.
-                Ok(_) => discard(&entry.path, "not a DEL request"),
-                Err(error) => discard(&entry.path, &error.to_string()),
+                Ok(_) => Some(discard(&entry.path, "not a DEL request")),
+                Err(error) => Some(discard(&entry.path, &error.to_string())),
             };
-            errors.extend(done.err());
+            errors.extend(error);
         }
         Ok(errors)
     }
@@ -86,9 +85,9 @@ impl Service {
     }
 }
 
-/// Removes an invalid entry from the spool; returns `reason` as an error.
-fn discard(entry: &Path, reason: &str) -> Result<(), String> {
+/// Removes an invalid entry from the spool. Returns the message about it, with `reason`.
+fn discard(entry: &Path, reason: &str) -> String {
     let kept = spool::remove(entry)
         .map_or_else(|error| format!(", and cannot be removed: {error}"), |()| String::new());
-    Err(format!("spool entry {}: {reason}{kept}", entry.display()))
+    format!("spool entry {}: {reason}{kept}", entry.display())
 }

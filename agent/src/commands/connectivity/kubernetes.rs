@@ -107,13 +107,13 @@ async fn test_with(
     report("removing the test's pods");
     let removed = tokio::select! {
         removed = run.remove() => removed,
-        () = signals.terminated() => Err("interrupted".to_owned()),
+        () = signals.terminated() => Err(anyhow!("interrupted")),
     };
-    if let Err(why) = removed {
+    if let Err(error) = removed {
         let (namespace, ours) = (options.namespace, run.selector());
         report(&format!(
-            "pods of the test may be left behind: {why}. Remove them with kubectl delete pods -n \
-             {namespace} -l {ours}"
+            "pods of the test may be left behind: {error:#}. Remove them with kubectl delete pods \
+             -n {namespace} -l {ours}"
         ));
     }
     result
@@ -196,8 +196,7 @@ impl<'a> Run<'a> {
         let mut found = FoundTargets { absent, ..FoundTargets::default() };
         for (column, pod) in &answerers {
             let addresses = seen.pod(&pod.name_any()).and_then(pods::addresses);
-            let addresses = addresses.map_err(|why| format!("no answering pod: {why}"));
-            found.add(column.clone(), addresses, Some(PORT));
+            found.add(column.clone(), addresses.context("no answering pod"), Some(PORT));
         }
         self.own_addresses(&nodes, &mut found).await;
         report(&format!(
@@ -218,7 +217,7 @@ impl<'a> Run<'a> {
         let (probers, silent) = self.create(pods).await;
         let mut matrix = Matrix::new(&found.targets, found.absent);
         for (row, why) in silent {
-            matrix.add_row(row, Err(why));
+            matrix.add_row(row, Err(anyhow!(why)));
         }
         self.results(probers, &mut matrix).await;
         Ok(matrix)
@@ -344,7 +343,7 @@ impl<'a> Run<'a> {
                 }
             }
             // The pods are still tested.
-            Err(error) => found.add("node@*".to_owned(), Err(format!("{error:#}")), None),
+            Err(error) => found.add("node@*".to_owned(), Err(error), None),
         }
     }
 
@@ -352,9 +351,9 @@ impl<'a> Run<'a> {
     /// parallel, so that a log that hangs does not delay the others.
     async fn results(&self, probers: Vec<(String, Pod)>, matrix: &mut Matrix) {
         let (sender, mut receiver) = unbounded_channel();
-        let read = async |(row, pod): (String, Result<Pod, String>)| match pod {
+        let read = async |(row, pod): (String, anyhow::Result<Pod>)| match pod {
             Ok(pod) => (row, self.read_row(&pod).await),
-            Err(why) => (row, Err(why)),
+            Err(error) => (row, Err(error)),
         };
         let ended = stream::poll_fn(|context| receiver.poll_recv(context));
         let added =
@@ -369,7 +368,7 @@ impl<'a> Run<'a> {
     async fn watch(
         &self,
         mut probers: Vec<(String, Pod)>,
-        sender: UnboundedSender<(String, Result<Pod, String>)>,
+        sender: UnboundedSender<(String, anyhow::Result<Pod>)>,
     ) {
         let mut seen = ListedPods::default();
         loop {
@@ -379,9 +378,9 @@ impl<'a> Run<'a> {
                 let result = match seen.pod(&pod.name_any()) {
                     Ok(pod) if has_ended(pod) => Ok(pod.clone()),
                     Ok(pod) if late => {
-                        Err(format!("{}: {}", self.timeout_message(), failure_reason(pod)))
+                        Err(anyhow!("{}: {}", self.timeout_message(), failure_reason(pod)))
                     }
-                    Err(why) if late || seen.error.is_none() => Err(why),
+                    Err(error) if late || seen.error.is_none() => Err(error),
                     _ => return true,
                 };
                 // The receiver lives as long as this future.
@@ -396,17 +395,16 @@ impl<'a> Run<'a> {
     }
 
     /// Reads the row of a pod that has ended from its log.
-    async fn read_row(&self, pod: &Pod) -> Result<Vec<Cell>, String> {
+    async fn read_row(&self, pod: &Pod) -> anyhow::Result<Vec<Cell>> {
         let name = pod.name_any();
         let request = self.log(&name);
         let log = self.within(LOG_TIMEOUT, format!("cannot read the log of {name}"), request).await;
-        let log = log.map_err(|error| format!("{error:#}"));
         if phase(pod) != "Succeeded" {
-            return Err(pods::failure_with_log(pod, log));
+            bail!(pods::failure_with_log(pod, log));
         }
         let log = log?;
         let last = log.lines().last().unwrap_or_default();
-        serde_json::from_str(last).map_err(|error| format!("the log of {name}: {error}"))
+        serde_json::from_str(last).with_context(|| format!("the log of {name}"))
     }
 
     /// Reads the log of a pod, at most [`MAX_LOG_BYTES`], because a compromised node can send a log
@@ -420,15 +418,15 @@ impl<'a> Run<'a> {
 
     /// Removes the pods until two lists in a row are empty, because a request that was in progress
     /// when the test ended may create another pod. Kubernetes removes the ConfigMap with its owner.
-    async fn remove(&self) -> Result<(), String> {
+    async fn remove(&self) -> anyhow::Result<()> {
         let end = Instant::now() + REMOVAL_TIMEOUT + REMOVAL_TIMEOUT_PER_POD * self.pods_made.get();
         let mut why = "no answer from the API server".to_owned();
         let (mut empty_lists, mut pods) = (0, 0);
         loop {
             match timeout_at(end, self.delete_pods()).await {
-                Err(_) => return Err(why),
+                Err(_) => bail!(why),
                 Ok(Err(kube::Error::Api(status))) if matches!(status.code, 401 | 403) => {
-                    return Err(status.to_string());
+                    bail!(status);
                 }
                 Ok(Err(error)) => why = format!("{:#}", plain(error)),
                 Ok(Ok(left)) => match left.first() {
@@ -444,7 +442,7 @@ impl<'a> Run<'a> {
                 },
             }
             if Instant::now() >= end {
-                return Err(why);
+                bail!(why);
             }
             sleep(interval(pods)).await;
         }
@@ -461,21 +459,21 @@ impl<'a> Run<'a> {
 }
 
 impl ListedPods {
-    fn pod(&self, name: &str) -> Result<&Pod, String> {
+    fn pod(&self, name: &str) -> anyhow::Result<&Pod> {
         let why = || self.error.clone().unwrap_or_else(|| "the pod does not exist".to_owned());
-        self.pods.get(name).ok_or_else(why)
+        self.pods.get(name).ok_or_else(|| anyhow!(why()))
     }
 }
 
 impl FoundTargets {
-    fn add(&mut self, name: String, addresses: Result<Vec<IpAddr>, String>, port: Option<u16>) {
+    fn add(&mut self, name: String, addresses: anyhow::Result<Vec<IpAddr>>, port: Option<u16>) {
         match addresses {
             Ok(addresses) => self.targets.extend(addresses.into_iter().map(|address| Target {
                 name: name.clone(),
                 address,
                 port,
             })),
-            Err(why) => drop(self.absent.insert(name, why)),
+            Err(error) => drop(self.absent.insert(name, format!("{error:#}"))),
         }
     }
 }

@@ -145,7 +145,7 @@ impl Matrix {
     }
 
     /// Adds the row of a prober, or the reason that the row is missing.
-    pub(crate) fn add_row(&mut self, from: String, row: Result<Vec<Cell>, String>) {
+    pub(crate) fn add_row(&mut self, from: String, row: anyhow::Result<Vec<Cell>>) {
         let columns = self.pairs.columns.len();
         match row {
             Ok(row) if row.len() == columns => drop(self.pairs.rows.insert(from, row)),
@@ -153,7 +153,7 @@ impl Matrix {
                 let why = format!("probed {} of {columns} columns", row.len());
                 self.silent.insert(from, why);
             }
-            Err(why) => drop(self.silent.insert(from, why)),
+            Err(error) => drop(self.silent.insert(from, format!("{error:#}"))),
         }
     }
 
@@ -305,7 +305,7 @@ mod tests {
         };
         assert_eq!(with(BTreeMap::new()).failure_summary(), None);
         let mut matrix = with(missing("d"));
-        matrix.add_row("c".to_owned(), Err("the node is down".to_owned()));
+        matrix.add_row("c".to_owned(), Err(anyhow::anyhow!("the node is down")));
         assert_eq!(matrix.failure_summary().unwrap(), "1 could not probe; 1 could not be probed");
         let text = matrix.render();
         let lines: Vec<Vec<&str>> = text.lines().map(|l| l.split_whitespace().collect()).collect();

@@ -5,6 +5,7 @@ use std::io::{self, Read};
 use std::net::IpAddr;
 use std::time::Duration;
 
+use anyhow::{Context, anyhow, bail};
 use flate2::Compression;
 use flate2::read::{GzDecoder, GzEncoder};
 use k8s_openapi::ByteString;
@@ -196,36 +197,36 @@ fn joined(reason: &Option<String>, message: &Option<String>) -> Option<String> {
 
 /// Describes why a pod failed: the last line of its log, if there is one, and the status of the
 /// pod.
-pub(super) fn failure_with_log(pod: &Pod, log: Result<String, String>) -> String {
+pub(super) fn failure_with_log(pod: &Pod, log: anyhow::Result<String>) -> String {
     let reason = failure_reason(pod);
     match log {
         Ok(log) => match log.lines().last() {
             Some(line) => format!("{line} ({reason})"),
             None => format!("{reason}; its log is empty"),
         },
-        Err(why) => format!("{reason}; {why}"),
+        Err(error) => format!("{reason}; {error:#}"),
     }
 }
 
 /// Returns the addresses of a running pod, or the reason that it has none.
-pub(super) fn addresses(pod: &Pod) -> Result<Vec<IpAddr>, String> {
+pub(super) fn addresses(pod: &Pod) -> anyhow::Result<Vec<IpAddr>> {
     if phase(pod) != "Running" {
-        return Err(failure_reason(pod));
+        bail!(failure_reason(pod));
     }
     let ips = pod.status.as_ref().and_then(|status| status.pod_ips.as_ref());
     let ips = ips.into_iter().flatten().filter_map(|ip| address::parse(&ip.ip).ok());
     match Vec::from_iter(ips) {
-        none if none.is_empty() => Err("the pod has no address".to_owned()),
+        none if none.is_empty() => bail!("the pod has no address"),
         ips => Ok(ips),
     }
 }
 
 /// Returns the overlay addresses of a node, or the reason that it has none.
-pub(super) fn own_addresses(node: Option<&SkeinNode>) -> Result<Vec<IpAddr>, String> {
-    let node = node.ok_or("the node has no SkeinNode. Check that an agent runs on the node.")?;
+pub(super) fn own_addresses(node: Option<&SkeinNode>) -> anyhow::Result<Vec<IpAddr>> {
+    let node = node.context("the node has no SkeinNode. Check that an agent runs on the node.")?;
     let cidrs = node.spec.pod_cidrs.iter().map(|cidr| match address::parse(cidr) {
         Ok(cidr) => Ok(first_host(&cidr)),
-        Err(error) => Err(format!("podCIDRs of its SkeinNode: {cidr}: {error}")),
+        Err(error) => Err(anyhow!("podCIDRs of its SkeinNode: {cidr}: {error}")),
     });
     cidrs.collect()
 }
@@ -278,7 +279,7 @@ mod tests {
 
     #[test]
     fn pod_without_address_has_reason() {
-        let why = |status: Value| addresses(&pod(status)).unwrap_err();
+        let why = |status: Value| addresses(&pod(status)).unwrap_err().to_string();
         let waiting = container(json!({ "waiting": { "reason": "ImagePullBackOff" } }));
         assert_eq!(
             why(json!({ "phase": "Pending", "containerStatuses": waiting })),
@@ -298,7 +299,7 @@ mod tests {
             "containerStatuses": container(json!({ "terminated": { "exitCode": 137 } })),
         }));
         assert_eq!(
-            failure_with_log(&evicted, Err("no log".to_owned())),
+            failure_with_log(&evicted, Err(anyhow!("no log"))),
             "p is Failed: Evicted: the node was low on memory; no log"
         );
         let failed = pod(json!({

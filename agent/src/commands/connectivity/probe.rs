@@ -1,5 +1,6 @@
 //! ICMP, TCP and UDP probes, and the server that answers them.
 
+use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Mutex;
@@ -64,7 +65,7 @@ pub(super) fn all(targets: &[Target], end: Instant) -> Result<Vec<Cell>, Failure
                         protocol,
                         bytes: payload + headers,
                         round_trip_us: result.as_ref().ok().map(|time| time.as_micros() as u64),
-                        error: result.err(),
+                        error: result.err().map(|failure| failure.to_string()),
                     };
                     let mut results = results.lock().unwrap_or_else(PoisonError::into_inner);
                     results.push((target.name.as_str(), probe));
@@ -81,7 +82,7 @@ fn try_probe(
     protocol: Protocol,
     payload: usize,
     end: Instant,
-) -> Result<Duration, String> {
+) -> Result<Duration, ProbeFailure> {
     let address = SocketAddr::new(target.address, target.port.unwrap_or_default());
     let (begin, mut last) = (Instant::now(), None);
     for attempts in 1..=MAX_ATTEMPTS {
@@ -99,20 +100,46 @@ fn try_probe(
             Err(error) => last = Some((error, attempts)),
         }
     }
-    Err(describe_failure(last, begin.elapsed(), Instant::now() >= end))
+    let (took, is_over) = (begin.elapsed(), Instant::now() >= end);
+    Err(last.map_or(ProbeFailure::NoTime, |(error, attempts)| ProbeFailure::Attempts {
+        error,
+        attempts,
+        took,
+        is_over,
+    }))
 }
 
-/// Describes a failed probe: error, number of attempts, time, and whether the test's time is over.
-fn describe_failure(last: Option<(io::Error, usize)>, took: Duration, over: bool) -> String {
-    const OVER: &str = "the timeout of the test expired";
-    let Some((error, attempts)) = last else { return OVER.to_owned() };
-    let text = match error.kind() {
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => "no answer".to_owned(),
-        _ => error.to_string(),
-    };
-    let end = if over { format!("; {OVER}") } else { String::new() };
-    let word = if attempts == 1 { "attempt" } else { "attempts" };
-    format!("{text}, {attempts} {word} in {:.1} s{end}", took.as_secs_f64())
+/// Reason why a probe has no round-trip time.
+#[derive(Debug)]
+enum ProbeFailure {
+    /// The time of the test was over before the first attempt.
+    NoTime,
+    /// All attempts failed.
+    Attempts {
+        /// Error of the last attempt.
+        error: io::Error,
+        attempts: usize,
+        /// Time of all attempts.
+        took: Duration,
+        /// True if the time of the test is over.
+        is_over: bool,
+    },
+}
+
+impl fmt::Display for ProbeFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const OVER: &str = "the timeout of the test expired";
+        let Self::Attempts { error, attempts, took, is_over } = self else {
+            return f.write_str(OVER);
+        };
+        match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => f.write_str("no answer")?,
+            _ => error.fmt(f)?,
+        }
+        let word = if *attempts == 1 { "attempt" } else { "attempts" };
+        write!(f, ", {attempts} {word} in {:.1} s", took.as_secs_f64())?;
+        if *is_over { write!(f, "; {OVER}") } else { Ok(()) }
+    }
 }
 
 fn icmp_socket(address: IpAddr) -> io::Result<Socket> {
@@ -285,7 +312,7 @@ mod tests {
         let target =
             Target { name: "b".to_owned(), address: address.ip(), port: Some(address.port()) };
         let error = try_probe(&target, Protocol::Udp, SMALL_PAYLOAD, Instant::now()).unwrap_err();
-        assert_eq!(error, "the timeout of the test expired");
+        assert_eq!(error.to_string(), "the timeout of the test expired");
         let start = Instant::now();
         try_probe(&target, Protocol::Udp, SMALL_PAYLOAD, start + Duration::from_millis(50))
             .unwrap_err();
@@ -295,8 +322,9 @@ mod tests {
     #[test]
     fn failure_lists_attempts_and_time() {
         let silent = || io::Error::from(io::ErrorKind::WouldBlock);
-        let shown = |error, attempts, ms, over| {
-            describe_failure(Some((error, attempts)), Duration::from_millis(ms), over)
+        let shown = |error, attempts, ms, is_over| {
+            let took = Duration::from_millis(ms);
+            ProbeFailure::Attempts { error, attempts, took, is_over }.to_string()
         };
         assert_eq!(shown(silent(), 3, 6_020, false), "no answer, 3 attempts in 6.0 s");
         let cut = "no answer, 1 attempt in 0.3 s; the timeout of the test expired";

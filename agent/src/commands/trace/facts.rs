@@ -1,5 +1,6 @@
 //! Input of a trace: status of the agent, routes and links of the kernel, forward chains.
 
+use std::io;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -36,9 +37,9 @@ pub(super) struct Facts {
 }
 
 /// Result of a route look-up and its outgoing interface.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct RouteResult {
-    pub(super) lookup: Result<RouteLookup, String>,
+    pub(super) lookup: io::Result<RouteLookup>,
     pub(super) link: Option<Link>,
 }
 
@@ -53,7 +54,7 @@ impl Facts {
         let netlink = Netlink::connect().map_err(failed)?;
         let links = netlink.links().await.map_err(failed)?;
         let look_up = async |to: IpAddr, incoming: Option<(IpAddr, u32)>| {
-            let lookup = netlink.look_up(to, incoming).await.map_err(|e| e.source.to_string());
+            let lookup = netlink.look_up(to, incoming).await.map_err(|error| error.source);
             let index = lookup.as_ref().ok().and_then(|found| found.interface);
             RouteResult {
                 link: links.iter().find(|link| Some(link.index) == index).cloned(),

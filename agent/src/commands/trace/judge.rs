@@ -368,7 +368,7 @@ mod tests {
         facts.route = route_by("eth0", RouteLookup::default());
         stops(&facts, "route", "by eth0 and not by skein0");
         let mut facts = passing();
-        facts.route.lookup = Err("Network is unreachable".to_owned());
+        facts.route.lookup = Err(std::io::Error::other("Network is unreachable"));
         stops(&facts, "route", "unreachable");
         let mut facts = passing();
         facts.peer.as_mut().unwrap().1 = Some(route_by("skein0", RouteLookup::default()));

@@ -21,7 +21,7 @@ use super::client::{WATCH_RENEWAL_SECONDS, describe};
 use super::own;
 use super::resource::{SkeinNode, SkeinNodeSpec};
 use crate::config::Config;
-use crate::control::records::ParsedRecords;
+use crate::control::records::{ParsedRecords, RecordError};
 use crate::status::RotationStatus;
 
 /// Delay after a change, so that several changes are published together.
@@ -43,9 +43,9 @@ pub(super) struct State {
     pub(super) deleted: Option<String>,
     /// Desired spec of this node's SkeinNode; `None` before the Node was received. An error names
     /// the reason why there is no spec.
-    pub(super) own: Option<Result<SkeinNodeSpec, String>>,
+    pub(super) own: Option<Result<SkeinNodeSpec, RecordError>>,
     /// Reason why no spec follows from the current Node; the earlier spec stays.
-    pub(super) problem: Option<String>,
+    pub(super) problem: Option<RecordError>,
     /// Records of all nodes, this node's in its desired form; `None` before all were received.
     pub(super) records: Option<Arc<ParsedRecords>>,
     /// Error of a watch. The state may be outdated while there is one.

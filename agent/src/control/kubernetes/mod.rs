@@ -22,7 +22,7 @@ pub use self::client::Requests;
 use self::follow::State;
 pub(super) use self::follow::path;
 use self::ranges::Ranges;
-use super::records::ParsedRecords;
+use super::records::{ParsedRecords, SourceError};
 use super::view::AgentView;
 use crate::config::Config;
 use crate::failure::Failure;
@@ -150,10 +150,11 @@ impl Records {
     /// Returns all records.
     ///
     /// # Errors
-    /// A message with the reason if not all records are known yet.
-    pub fn read(&self) -> Result<ParsedRecords, String> {
+    /// [`SourceError::Incomplete`] if not all records are known yet.
+    pub fn read(&self) -> Result<ParsedRecords, SourceError> {
         let state = self.0.borrow();
-        state.records.as_deref().cloned().ok_or_else(|| state.waits_for())
+        let records = state.records.as_deref().cloned();
+        records.ok_or_else(|| SourceError::Incomplete(state.waits_for()))
     }
 
     /// Returns the keys of this node's SkeinNode; `None` if it does not exist or is invalid.
@@ -173,7 +174,7 @@ impl State {
     fn waits_for(&self) -> String {
         match (&self.error, &self.own) {
             (Some(error), _) => error.clone(),
-            (None, Some(Err(error))) => error.clone(),
+            (None, Some(Err(error))) => error.to_string(),
             (None, Some(Ok(_))) => "the SkeinNodes have not been received yet".to_owned(),
             (None, None) => "this node's Node has not been received yet".to_owned(),
         }

@@ -11,19 +11,20 @@ use skein_ipc::keys::PublicKeys;
 
 use super::resource::SkeinNodeSpec;
 use crate::config::{Config, check_inside, check_outside};
+use crate::control::records::RecordError;
 
 /// Returns the spec of this node's SkeinNode. `addresses` are those of
 /// `kubernetes.endpoint_interface`; `None` if no interface is configured.
 ///
 /// # Errors
-/// A message with the cause and the remedy if the Node has no pod CIDRs, if its pod CIDRs or
+/// [`RecordError`] with the cause and the remedy if the Node has no pod CIDRs, if its pod CIDRs or
 /// addresses contradict `cluster_cidrs`, or if no address is usable as an endpoint.
 pub(super) fn spec(
     config: &Config,
     keys: PublicKeys,
     node: &Node,
     addresses: Option<&[IpAddr]>,
-) -> Result<SkeinNodeSpec, String> {
+) -> Result<SkeinNodeSpec, RecordError> {
     let pod_cidrs = match &config.pod_cidrs {
         Some(cidrs) => cidrs.iter().map(IpNet::to_string).collect(),
         None => pod_cidrs(node)?,
@@ -31,10 +32,10 @@ pub(super) fn spec(
     let parsed: Vec<IpNet> =
         pod_cidrs.iter().filter_map(|cidr| address::parse(cidr).ok()).collect();
     check_inside(&parsed, &config.cluster_cidrs).map_err(|error| {
-        format!(
+        RecordError::new(format!(
             "the Node's podCIDRs: {error}. Correct the chart's podCidr and podCidrv6, or the \
              controller manager's --cluster-cidr."
-        )
+        ))
     })?;
     let listens = |ip: &IpAddr| {
         let mut listening = config.underlay.addresses.iter();
@@ -48,7 +49,9 @@ pub(super) fn spec(
     // use them.
     let all = candidates.iter().copied().chain(internal_ips(node));
     check_outside(all, &config.cluster_cidrs).map_err(|error| {
-        format!("an address of the Node: {error} The chart's values are podCidr and podCidrv6.")
+        RecordError::new(format!(
+            "an address of the Node: {error} The chart's values are podCidr and podCidrv6."
+        ))
     })?;
     let endpoint = |ip: &IpAddr| SocketAddr::new(*ip, config.underlay.port).to_string();
     // A link-local address needs the name of an interface, which differs between nodes.
@@ -60,12 +63,12 @@ pub(super) fn spec(
             Some(interface) => format!("interface {interface}"),
             None => "its InternalIPs".to_owned(),
         };
-        return Err(format!(
+        return Err(RecordError::new(format!(
             "no usable endpoint of this node: {of} has {}, and underlay.addresses is {:?}. Set \
              underlay.addresses or kubernetes.endpoint_interface to an address of this node.",
             excerpt(&format!("{candidates:?}")),
             config.underlay.addresses
-        ));
+        )));
     }
     Ok(SkeinNodeSpec {
         public_key: keys.first.to_string(),
@@ -75,14 +78,15 @@ pub(super) fn spec(
     })
 }
 
-fn pod_cidrs(node: &Node) -> Result<Vec<String>, String> {
+fn pod_cidrs(node: &Node) -> Result<Vec<String>, RecordError> {
     let NodeSpec { pod_cidrs, pod_cidr, .. } = node.spec.clone().unwrap_or_default();
     // Kubernetes before 1.16 had only podCIDR.
     let cidrs = pod_cidrs.filter(|cidrs| !cidrs.is_empty());
     cidrs.or(pod_cidr.map(|cidr| vec![cidr])).ok_or_else(|| {
-        "the Node has no podCIDRs. Run kube-controller-manager with --allocate-node-cidrs and \
-         --cluster-cidr, or set pod_cidrs."
-            .to_owned()
+        RecordError::new(
+            "the Node has no podCIDRs. Run kube-controller-manager with --allocate-node-cidrs and \
+             --cluster-cidr, or set pod_cidrs.",
+        )
     })
 }
 
@@ -157,15 +161,17 @@ mod tests {
     #[test]
     fn error_names_missing_pod_cidrs_or_endpoint() {
         let key = PublicKeys::from(PublicKey([1; 32]));
-        let text = spec(&config(""), key, &node(&[], &["192.0.2.1"]), None).unwrap_err();
+        let text =
+            spec(&config(""), key, &node(&[], &["192.0.2.1"]), None).unwrap_err().to_string();
         assert!(text.contains("--allocate-node-cidrs"), "{text}");
-        let text = spec(&config(""), key, &node(&["10.1.0.0/24"], &[]), None).unwrap_err();
+        let text =
+            spec(&config(""), key, &node(&["10.1.0.0/24"], &[]), None).unwrap_err().to_string();
         assert!(text.contains("InternalIPs"), "{text}");
         let bound = config("[underlay]\naddresses = ['192.0.2.9']");
         assert!(spec(&bound, key, &node(&["10.1.0.0/24"], &["192.0.2.1"]), None).is_err());
         let cluster = config("cluster_cidrs = ['10.0.0.0/8']");
         let elsewhere = node(&["10.1.0.0/24", "fd00:1::/64"], &["192.0.2.1"]);
-        let text = spec(&cluster, key, &elsewhere, None).unwrap_err();
+        let text = spec(&cluster, key, &elsewhere, None).unwrap_err().to_string();
         assert!(text.contains("fd00:1::/64 is outside of") && text.contains("podCidrv6"), "{text}");
     }
 
@@ -174,10 +180,10 @@ mod tests {
         let key = PublicKeys::from(PublicKey([1; 32]));
         let cluster = config("cluster_cidrs = ['10.0.0.0/8']");
         let node = node(&["10.1.0.0/24"], &["10.200.0.1"]);
-        let text = spec(&cluster, key, &node, None).unwrap_err();
+        let text = spec(&cluster, key, &node, None).unwrap_err().to_string();
         assert!(text.contains("10.200.0.1 lies in cluster_cidrs (10.0.0.0/8)"), "{text}");
         let endpoint: IpAddr = "192.0.2.1".parse().unwrap();
-        let text = spec(&cluster, key, &node, Some(&[endpoint])).unwrap_err();
+        let text = spec(&cluster, key, &node, Some(&[endpoint])).unwrap_err().to_string();
         assert!(text.contains("10.200.0.1 lies in"), "The InternalIP counts as well: {text}");
     }
 }

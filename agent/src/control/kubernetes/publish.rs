@@ -97,7 +97,9 @@ impl Publisher {
         self.status.due = None;
         let Some(node) = &state.node else { return Ok(()) };
         match &state.problem {
-            Some(problem) => self.events.report(node, "NoRecord", WARNING, problem).await,
+            Some(problem) => {
+                self.events.report(node, "NoRecord", WARNING, &problem.to_string()).await;
+            }
             None => self.events.clear("NoRecord"),
         }
         let applied = match &state.own {

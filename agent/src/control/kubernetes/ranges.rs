@@ -53,7 +53,7 @@ impl Ranges {
         let (servers, services) = tokio::join!(self.servers(), self.services());
         check_outside(servers, cluster)
             .map_err(|error| Failure::Usage(format!("API server {}: {error}", self.server)))?;
-        refuse_services(&services, cluster).map_err(Failure::Usage)
+        refuse_services(&services, cluster).map_err(|overlap| Failure::Usage(overlap.to_string()))
     }
 
     async fn servers(&self) -> Vec<IpAddr> {
@@ -91,14 +91,22 @@ impl Ranges {
     }
 }
 
-fn refuse_services(services: &[IpNet], cluster: &[IpNet]) -> Result<(), String> {
+/// A prefix of `cluster_cidrs` overlaps with a Service range.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "cluster_cidrs: {net} overlaps with the Service range {service}, so that Services would be \
+     unreachable. Set cluster_cidrs to prefixes that only pods have (the chart's podCidr and \
+     podCidrv6)."
+)]
+struct ServiceOverlap {
+    net: IpNet,
+    service: IpNet,
+}
+
+fn refuse_services(services: &[IpNet], cluster: &[IpNet]) -> Result<(), ServiceOverlap> {
     for service in services {
         if let Some(net) = cluster.iter().find(|net| overlap(net, service)) {
-            return Err(format!(
-                "cluster_cidrs: {net} overlaps with the Service range {service}, so that Services \
-                 would be unreachable. Set cluster_cidrs to prefixes that only pods have (the chart's \
-                 podCidr and podCidrv6)."
-            ));
+            return Err(ServiceOverlap { net: *net, service: *service });
         }
     }
     Ok(())
@@ -117,7 +125,7 @@ mod tests {
             ("10.96.0.0/12", "10.96.128.0/24"),
             ("fd00:96::/112", "fd00::/16"),
         ] {
-            let error = refuse_services(&nets(service), &nets(cluster)).unwrap_err();
+            let error = refuse_services(&nets(service), &nets(cluster)).unwrap_err().to_string();
             assert!(error.contains(service) && error.contains(cluster), "{error}");
         }
         let apart = refuse_services(&nets("10.96.0.0/12"), &nets("10.244.0.0/16"));

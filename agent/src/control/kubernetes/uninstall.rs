@@ -152,7 +152,10 @@ async fn remove(
         let gone = wait(end, async || {
             let left = pods.list(&ours).await?.items;
             let left = left.iter().map(pod_on_node).collect::<Vec<_>>().join(", ");
-            Ok(if left.is_empty() { Ok(()) } else { Err(format!("remaining pods: {left}")) })
+            Ok(match left.is_empty() {
+                true => Progress::Done(()),
+                false => Progress::Pending(format!("remaining pods: {left}")),
+            })
         });
         gone.await.with_context(|| format!("the pods of DaemonSet {name} do not end"))
     };
@@ -180,11 +183,11 @@ async fn remove(
         let seen = status.observed_generation == generation;
         let done = status.number_ready == status.desired_number_scheduled;
         if seen && done {
-            return Ok(Ok(status.desired_number_scheduled));
+            return Ok(Progress::Done(status.desired_number_scheduled));
         }
         let left = pods.list(&ListParams::default().labels(&selector)).await?.items;
         let left: Vec<_> = left.iter().filter(|pod| !is_ready(pod)).filter_map(node).collect();
-        Ok(Err(format!("nodes not clean yet: {}", left.join(", "))))
+        Ok(Progress::Pending(format!("nodes not clean yet: {}", left.join(", "))))
     });
     let cleaned = cleaned.await;
     // Stopped after a failure as well: the DaemonSet would clean a node that returns later, which
@@ -229,18 +232,26 @@ async fn within<T>(
     answer.context("timed out: the API server does not answer")
 }
 
-/// Calls `poll` until it returns a result. Its inner error describes the present state.
+/// State of an operation that takes time.
+enum Progress<T> {
+    /// Result of the complete operation.
+    Done(T),
+    /// Description of the present state.
+    Pending(String),
+}
+
+/// Calls `poll` until the operation is complete, and returns its result.
 ///
 /// # Errors
 /// An error with the last state if `poll` returns no result before `end`.
 async fn wait<T>(
     end: Instant,
-    poll: impl AsyncFn() -> kube::Result<Result<T, String>>,
+    poll: impl AsyncFn() -> kube::Result<Progress<T>>,
 ) -> anyhow::Result<T> {
     loop {
         let state = match within(end, poll()).await? {
-            Ok(Ok(found)) => return Ok(found),
-            Ok(Err(state)) => state,
+            Ok(Progress::Done(found)) => return Ok(found),
+            Ok(Progress::Pending(state)) => state,
             Err(error) => error.to_string(),
         };
         if Instant::now() + POLL_INTERVAL > end {
