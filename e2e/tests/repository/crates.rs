@@ -9,6 +9,8 @@ use anyhow::{Context as _, Result, ensure};
 use serde::Deserialize;
 use skein_lab::cargo::{command, workspace};
 
+use crate::lists;
+
 /// Each crate of the workspace, and the crates of the workspace that it may import, in its tests,
 /// too.
 const IMPORTS: [(&str, &[&str]); 16] = [
@@ -67,8 +69,10 @@ struct Metadata {
 struct Package {
     name: String,
     id: String,
+    manifest_path: PathBuf,
     targets: Vec<Target>,
     dependencies: Vec<Dependency>,
+    features: BTreeMap<String, Vec<String>>,
 }
 
 #[derive(Deserialize)]
@@ -80,6 +84,8 @@ struct Target {
 #[derive(Deserialize)]
 struct Dependency {
     name: String,
+    kind: Option<String>,
+    features: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -154,6 +160,95 @@ fn crates_import_downwards_only() -> Result<()> {
             let outside = !names.contains(import);
             ensure!(outside || allowed.contains(&import), "{name} must not import {import}.");
         }
+    }
+    Ok(())
+}
+
+/// The table lists each crate with its directory, the drawing each import: solid, or dashed if only
+/// tests import the crate.
+#[test]
+fn crates_and_their_imports_are_documented() -> Result<()> {
+    let (path, metadata) = ("docs/architecture.md", Metadata::read(&[])?);
+    let rows = lists::rows(path, "Crates", "crate | directory | contents")?;
+    let documented: BTreeSet<_> =
+        rows.into_iter().map(|row| (row[0].clone(), row[1].clone())).collect();
+    let crates = metadata.members().map(|package| {
+        let directory = package.manifest_path.parent().context("no directory")?;
+        let directory = directory.strip_prefix(workspace())?.display();
+        Ok((package.name.clone(), format!("`{directory}`")))
+    });
+    assert_eq!(documented, crates.collect::<Result<BTreeSet<_>>>()?);
+
+    let names: BTreeSet<_> = metadata.members().map(|package| package.name.as_str()).collect();
+    let mut imports = BTreeSet::new();
+    for package in metadata.members() {
+        let inside = package.dependencies.iter().filter(|import| names.contains(&*import.name));
+        let (tests, linked): (Vec<_>, Vec<_>) =
+            inside.partition(|import| import.kind.as_deref() == Some("dev"));
+        let linked: BTreeSet<_> = linked.iter().map(|import| import.name.as_str()).collect();
+        let tests = tests.iter().map(|import| import.name.as_str());
+        let tests = tests.filter(|name| !linked.contains(name)).map(|name| ("-.->", name));
+        let all = linked.iter().map(|name| ("-->", *name)).chain(tests);
+        imports.extend(all.map(|(arrow, to)| format!("{} {arrow} {to}", package.name)));
+    }
+    let text = fs::read_to_string(workspace().join(path))?;
+    let drawing = text.split("```mermaid").find(|part| part.contains("skein-agent]"));
+    let drawing = drawing.and_then(|part| part.split("```").next()).context("no drawing")?;
+    // A name of the drawing has its crate in brackets where it occurs first: agent[skein-agent].
+    let mut crates = BTreeMap::new();
+    let mut drawn = BTreeSet::new();
+    for line in drawing.lines() {
+        let [from, arrow @ ("-->" | "-.->"), to] = line.split_whitespace().collect::<Vec<_>>()[..]
+        else {
+            continue;
+        };
+        let ends = [from, to].map(|end| match end.split_once('[') {
+            Some((name, rest)) => {
+                crates.insert(name.to_owned(), rest.trim_end_matches(']').to_owned());
+                name.to_owned()
+            }
+            None => end.to_owned(),
+        });
+        let [from, to] = ends.map(|name| crates.get(&name).cloned().unwrap_or(name));
+        drawn.insert(format!("{from} {arrow} {to}"));
+    }
+    assert_eq!(drawn, imports);
+    Ok(())
+}
+
+/// Functions for fuzzing are in crates only with the feature `fuzzing` and in unit tests, and no
+/// crate of the workspace enables the feature of another one by itself.
+#[test]
+fn fuzzing_entry_points_need_their_feature() -> Result<()> {
+    const GATE: &str = "#[cfg(any(test, feature = \"fuzzing\"))]";
+    let mut found = 0;
+    for path in rust_files(&workspace().join("agent"))? {
+        let source = fs::read_to_string(&path)?;
+        let lines: Vec<_> = source.lines().map(str::trim_start).collect();
+        for (index, line) in lines.iter().enumerate() {
+            let words: Vec<_> = line.split([' ', '(', ';']).collect();
+            let at = words.iter().position(|word| ["fn", "mod"].contains(word));
+            let name = at.and_then(|at| words.get(at + 1)).copied().unwrap_or_default();
+            if ["fuzzing", "fuzz_access"].contains(&name) || name.starts_with("fuzz_") {
+                let above = lines[..index].iter().rev();
+                let mut above = above.take_while(|line| line.starts_with(['#', '/']));
+                let is_test = words.first() == Some(&"fn");
+                ensure!(
+                    is_test || above.any(|line| *line == GATE),
+                    "{}: {name} needs {GATE}.",
+                    path.display()
+                );
+                found += usize::from(!is_test);
+            }
+        }
+    }
+    ensure!(found > 10, "Only {found} entry points are found.");
+    for package in Metadata::read(&[])?.members() {
+        let enabled = |import: &&Dependency| import.features.iter().any(|name| name == "fuzzing");
+        let import = package.dependencies.iter().find(enabled).map(|import| &import.name);
+        ensure!(import.is_none(), "{} enables fuzzing of {import:?}.", package.name);
+        let default = package.features.get("default").map(Vec::as_slice).unwrap_or_default();
+        ensure!(!default.iter().any(|name| name.contains("fuzzing")), "{}: fuzzing", package.name);
     }
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! Order of imports between crates, and references in documents.
+//! Order of imports between crates, references in documents, and lists of names in documents.
 
 mod crates;
 mod documents;
+mod lists;
