@@ -10,14 +10,12 @@
 pub mod counters;
 pub mod forward;
 mod legacy;
-pub(crate) mod monitor;
-mod nft;
 pub mod probe;
 pub mod reconciler;
 pub mod rules;
 mod table;
 
-pub use self::nft::FirewallError;
 pub use self::reconciler::Firewall;
 pub use self::rules::{PodRules, Rules};
 pub use self::table::remove;
+pub use crate::nftables::FirewallError;

@@ -1,7 +1,8 @@
 //! Entry points of the fuzz targets for the output of `nft` and for messages of the kernel.
 
-use crate::firewall::{counters, forward, monitor};
+use crate::firewall::{counters, forward};
 use crate::next_hop::fuzz_next_hops;
+use crate::nftables::monitor;
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]

@@ -11,6 +11,7 @@
 pub mod address;
 pub mod advertisement;
 mod connection;
+pub mod conntrack;
 mod error;
 pub mod firewall;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -21,6 +22,7 @@ pub mod lookup;
 pub mod monitor;
 mod netconf;
 mod next_hop;
+pub mod nftables;
 pub mod pod;
 pub mod route;
 pub mod staged;

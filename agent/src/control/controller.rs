@@ -13,6 +13,7 @@ use skein_netlink::Netlink;
 use skein_netlink::firewall::{self, Firewall, Rules};
 use skein_netlink::interface::Present;
 use skein_netlink::monitor::Monitor;
+use skein_netlink::nftables;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
@@ -132,7 +133,12 @@ impl Controller {
         let networks = networks(&links, &addresses, &config);
         // The firewall starts before the interface exists, so that no packet of a pod passes before
         // the rules are installed.
-        let firewall = Firewall::start(firewall_rules(&config, &desired, &networks, &[])).await;
+        let notifications = nftables::Monitor::start();
+        if let Err(error) = &notifications {
+            tracing::warn!(%error, "no nftables notifications: changes are noticed within 10 s");
+        }
+        let rules = firewall_rules(&config, &desired, &networks, &[]);
+        let firewall = Firewall::start(rules, notifications.as_ref().ok()).await;
         published.firewall.send_replace(Some(firewall.clone()));
         if let Some(table) = registry.former_table() {
             match firewall::remove(table).await {

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::nft::nft;
+use crate::nftables::nft;
 
 /// Packets of each address family.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use thiserror::Error;
 
 use super::legacy;
-use super::nft::{FirewallError, nft};
+use crate::nftables::{FirewallError, nft};
 use crate::pod::HOST_PREFIX;
 
 /// Mark on packets to a pod that belong to a connection of the pod, or whose destination was

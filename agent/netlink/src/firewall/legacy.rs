@@ -4,7 +4,7 @@ use std::process::Stdio;
 
 use tokio::process::Command;
 
-use super::nft::NFT_TIMEOUT;
+use crate::nftables::NFT_TIMEOUT;
 
 /// List of the tables in use, and the program that shows them, for each family.
 const FAMILIES: [(&str, &str); 2] = [

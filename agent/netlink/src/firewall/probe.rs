@@ -7,8 +7,8 @@ use skein_sys::in_new_network_namespace;
 use thiserror::Error;
 
 use super::forward;
-use super::nft::{FirewallError, finished, start_error};
 use super::rules::Rules;
+use crate::nftables::{FirewallError, finished, start_error};
 
 /// Loads a table with every kind of rule in a scratch network namespace.
 ///

@@ -16,6 +16,7 @@ use super::forward;
 use super::nft::FirewallError;
 use super::rules::Rules;
 use super::table::{Table, list};
+use crate::nftables::Monitor;
 
 /// Interval of the comparisons that no notification causes.
 const RESYNC_INTERVAL: Duration = Duration::from_secs(10);
@@ -95,9 +96,9 @@ pub struct Firewall {
 
 impl Firewall {
     /// Installs the table and starts the task. [`Firewall::status`] contains the error of a failed
-    /// installation.
-    pub async fn start(rules: Rules) -> Self {
-        let table = Table::new(rules.clone());
+    /// installation. Without a monitor, the task notices changes of the table within 10 s.
+    pub async fn start(rules: Rules, monitor: Option<&Monitor>) -> Self {
+        let table = Table::new(rules.clone(), monitor);
         let forward_unknown = !needs_accept_rules(&rules);
         let (rules_sender, rules) = watch::channel((1, rules));
         let (state_sender, state) = watch::channel(State::default());

@@ -1,8 +1,7 @@
 //! The nftables table: installation, comparison and removal.
 
-use super::monitor::{Monitor, RECEIVE_BUFFER, Received};
-use super::nft::{FirewallError, nft};
 use super::rules::Rules;
+use crate::nftables::{FirewallError, Monitor, Received, Subscription, nft};
 
 /// Maximum number of installations in a row while another program changes the table.
 const MAX_ATTEMPTS: usize = 3;
@@ -11,36 +10,35 @@ const MAX_ATTEMPTS: usize = 3;
 pub(super) struct Table {
     pub(super) rules: Rules,
     /// Notifications about the table; `None` if the kernel supports none.
-    monitor: Option<Monitor>,
+    notifications: Option<Subscription>,
     /// Output of `nft list` right after the installation.
     pub(super) listed: Option<String>,
 }
 
 impl Table {
-    pub(super) fn new(rules: Rules) -> Self {
-        Self::with_receive_buffer(rules, RECEIVE_BUFFER)
-    }
-
-    fn with_receive_buffer(rules: Rules, bytes: usize) -> Self {
-        let monitor = Monitor::start(bytes);
-        if let Err(error) = &monitor {
-            tracing::warn!(%error, "no nftables notifications: changes are noticed within 10 s");
-        }
-        Self { rules, monitor: monitor.ok(), listed: None }
+    pub(super) fn new(rules: Rules, monitor: Option<&Monitor>) -> Self {
+        let notifications = monitor.map(|monitor| monitor.subscribe(&rules.table));
+        Self { rules, notifications, listed: None }
     }
 
     /// Replaces the rules; [`Table::ensure`] installs them.
     pub(super) fn set_rules(&mut self, rules: Rules) {
-        if self.rules != rules {
-            self.rules = rules;
-            self.listed = None;
+        if self.rules == rules {
+            return;
         }
+        if let Some(notifications) = &mut self.notifications
+            && self.rules.table != rules.table
+        {
+            *notifications = notifications.monitor().subscribe(&rules.table);
+        }
+        self.rules = rules;
+        self.listed = None;
     }
 
     /// Waits for a transaction of nftables that touches the table.
     pub(super) async fn changed(&mut self) {
-        match &mut self.monitor {
-            Some(monitor) => monitor.changed(&self.rules.table).await,
+        match &mut self.notifications {
+            Some(notifications) => notifications.changed().await,
             None => std::future::pending().await,
         }
     }
@@ -54,8 +52,8 @@ impl Table {
     /// the table during the last of three attempts, `Lost` if notifications were lost then, `Io`
     /// otherwise.
     pub(super) async fn ensure(&mut self) -> Result<bool, FirewallError> {
-        if let Some(monitor) = &mut self.monitor {
-            monitor.drain(&self.rules.table);
+        if let Some(notifications) = &mut self.notifications {
+            notifications.drain().await;
         }
         if self.rules.is_empty() {
             return remove(&self.rules.table).await;
@@ -91,10 +89,10 @@ impl Table {
             replace(rules).await?;
             list(&rules.table).await
         };
-        let Some(monitor) = &mut self.monitor else { return work.await };
-        let before = monitor.generation().ok();
-        let (listed, received) = monitor.observe(&rules.table, work).await;
-        let after = monitor.generation().ok();
+        let Some(notifications) = &mut self.notifications else { return work.await };
+        let before = notifications.monitor().generation().ok();
+        let (listed, received) = notifications.observe(work).await;
+        let after = notifications.monitor().generation().ok();
         // A change by another program between the two runs of `nft` would go unnoticed.
         let listed = listed?;
         check_alone(received, before, after)?;

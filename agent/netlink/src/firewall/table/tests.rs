@@ -9,7 +9,7 @@ use std::time::Duration;
 use ipnet::{IpNet, Ipv4Net};
 
 use super::*;
-use crate::firewall::nft::finished;
+use crate::nftables::finished;
 use crate::testing::in_namespace;
 
 /// Number of peers of a large cluster.
@@ -57,11 +57,12 @@ fn large_table_is_installed_although_messages_are_lost() {
                 tokio::task::yield_now().await;
             }
         });
-        let mut table = Table::with_receive_buffer(large_rules(), SMALL_BUFFER);
+        let monitor = Monitor::with_receive_buffer(SMALL_BUFFER).unwrap();
+        let mut table = Table::new(large_rules(), Some(&monitor));
         assert!(table.ensure().await.unwrap(), "the first call installs the table");
         assert!(!table.ensure().await.unwrap(), "the second call changes nothing");
-        let monitor = table.monitor.as_mut().unwrap();
-        let (replaced, received) = monitor.observe("skein", replace(&large_rules())).await;
+        let notifications = table.notifications.as_mut().unwrap();
+        let (replaced, received) = notifications.observe(replace(&large_rules())).await;
         replaced.unwrap();
         assert!(received.lost, "the small buffer has lost no message: {received:?}");
         assert!(!table.ensure().await.unwrap(), "the same rules were loaded");
@@ -74,22 +75,47 @@ fn large_table_is_installed_although_messages_are_lost() {
 #[test]
 fn unread_messages_of_large_transactions_fit_the_buffer() {
     in_namespace(|| async {
-        let mut monitor = Monitor::start(RECEIVE_BUFFER).unwrap();
+        let mut notifications = Monitor::start().unwrap().subscribe("skein");
         for _ in 0..2 {
             replace(&large_rules()).await.unwrap();
         }
-        assert_eq!(monitor.drain("skein"), Received { transactions: 2, lost: false });
-        assert_eq!(monitor.drain("skein"), Received::default(), "messages were left");
-        let (replaced, received) = monitor.observe("skein", replace(&large_rules())).await;
+        assert_eq!(notifications.drain().await, Received { transactions: 2, lost: false });
+        assert_eq!(notifications.drain().await, Received::default(), "messages were left");
+        let (replaced, received) = notifications.observe(replace(&large_rules())).await;
         replaced.unwrap();
         assert_eq!(received, Received { transactions: 1, lost: false });
     });
 }
 
 #[test]
+fn subscriptions_of_one_monitor_get_their_own_tables() {
+    in_namespace(|| async {
+        let monitor = Monitor::start().unwrap();
+        let (mut ours, mut others) = (monitor.subscribe("skein"), monitor.subscribe("other"));
+        nft(&["add", "table", "inet", "skein"], "").await.unwrap();
+        // The first subscription reads the notification for both.
+        assert_eq!(others.drain().await, Received::default(), "the change is of another table");
+        assert_eq!(ours.drain().await, Received { transactions: 1, lost: false });
+        let mut late = monitor.subscribe("skein");
+        assert_eq!(
+            late.drain().await,
+            Received::default(),
+            "the change was before the subscription"
+        );
+        let waiters = async { tokio::join!(ours.changed(), late.changed(), others.changed()) };
+        let changes = async {
+            nft(&["delete", "table", "inet", "skein"], "").await.unwrap();
+            nft(&["add", "table", "inet", "other"], "").await.unwrap();
+        };
+        let all = async { tokio::join!(waiters, changes) };
+        tokio::time::timeout(Duration::from_secs(10), all).await.unwrap();
+    });
+}
+
+#[test]
 fn generation_grows_by_one_for_each_transaction() {
     in_namespace(|| async {
-        let monitor = Monitor::start(RECEIVE_BUFFER).unwrap();
+        let monitor = Monitor::start().unwrap();
         let before = monitor.generation().unwrap();
         replace(&Rules::example()).await.unwrap();
         assert_eq!(

@@ -10,7 +10,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
 /// Timeout of one execution of `nft`.
-pub(super) const NFT_TIMEOUT: Duration = Duration::from_secs(10);
+pub const NFT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Reasons why the table is not installed.
 #[derive(Debug, Error)]
@@ -53,7 +53,7 @@ pub enum FirewallError {
 /// # Errors
 /// `Missing` if the host has no `nft` program, `Timeout` after 10 s, `Crashed` if a signal ended
 /// it, `Refused` with the first line of its error, `Io` otherwise.
-pub(super) async fn nft(arguments: &[&str], input: &str) -> Result<String, FirewallError> {
+pub async fn nft(arguments: &[&str], input: &str) -> Result<String, FirewallError> {
     let mut child = Command::new("nft")
         .args(arguments)
         .stdin(Stdio::piped())
@@ -77,7 +77,7 @@ pub(super) async fn nft(arguments: &[&str], input: &str) -> Result<String, Firew
 }
 
 /// Returns the reason why `nft` could not be started.
-pub(super) fn start_error(error: io::Error) -> FirewallError {
+pub(crate) fn start_error(error: io::Error) -> FirewallError {
     match error.kind() {
         io::ErrorKind::NotFound => FirewallError::Missing,
         _ => FirewallError::Io(error),
@@ -88,7 +88,7 @@ pub(super) fn start_error(error: io::Error) -> FirewallError {
 ///
 /// # Errors
 /// `Crashed` if a signal ended it, `Refused` with the first line of its error if it failed.
-pub(super) fn finished(output: &Output) -> Result<(), FirewallError> {
+pub(crate) fn finished(output: &Output) -> Result<(), FirewallError> {
     if output.status.success() {
         return Ok(());
     }
