@@ -9,7 +9,7 @@ use skein_policy::compile::{Families, compile};
 use skein_policy::engine::Engine;
 use skein_policy::model::PodId;
 use skein_policy::program::Program;
-use skein_policy::render::{Table, install};
+use skein_policy::render::{Mode, Table, install};
 
 const PODS: usize = 10_000;
 const POLICIES: usize = 1_000;
@@ -139,7 +139,11 @@ fn full_compilation(bencher: Bencher<'_, '_>) {
 fn text_of_the_whole_table(bencher: Bencher<'_, '_>) {
     let engine = engine();
     let program: &Program = engine.program();
-    let table =
-        Table { name: "skein-policy".to_owned(), pod_prefix: "skp".to_owned(), log_group: 51 };
+    let table = Table {
+        name: "skein-policy".to_owned(),
+        pod_prefix: "skp".to_owned(),
+        log_group: 51,
+        mode: Mode::Enforce,
+    };
     bencher.bench_local(|| install(&table, program));
 }

@@ -1,10 +1,12 @@
 //! Interpreter of [`Program`]: the verdict of the kernel's table for a packet.
 
-use std::net::IpAddr;
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::api::Protocol;
+use crate::api::{PortRange, Protocol};
 use crate::model::Direction;
 use crate::program::{Attribution, Chain, Element, Family, InterfaceMap, Match, Program, Verdict};
+use crate::ranges::AddressRange;
 
 /// A packet in the original direction of a connection, behind destination NAT.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -101,9 +103,7 @@ impl<'a> Evaluation<'a, '_> {
 
     fn meets(&self, condition: &Match) -> bool {
         let packet = self.packet;
-        let contains = |set: &str, wanted: &dyn Fn(&Element) -> bool| {
-            self.program.elements_of(set).any(wanted)
-        };
+        let elements = |set: &str| self.program.elements.get(set).into_iter();
         match condition {
             Match::Peer(family, set) => {
                 let peer = match self.direction {
@@ -111,28 +111,41 @@ impl<'a> Evaluation<'a, '_> {
                     Direction::Egress => packet.destination,
                 };
                 Family::of(peer) == *family
-                    && contains(set, &|element| match element {
-                        Element::Address(address) => *address == peer,
-                        Element::Range(range) => range.contains(peer),
-                        Element::NamedPort(..) | Element::Ports(_) => false,
-                    })
+                    && elements(set).any(|elements| contains_address(elements, peer))
             }
             Match::Protocol(protocol) => packet.transport.is_some_and(|(one, _)| one == *protocol),
             Match::Port(protocol, range) => packet.transport.is_some_and(|(one, port)| {
                 one == *protocol && range.start <= port && port <= range.end
             }),
             Match::PortSet(protocol, set) => packet.transport.is_some_and(|(one, port)| {
-                one == *protocol
-                    && contains(set, &|element| match element {
-                        Element::Ports(range) => range.start <= port && port <= range.end,
-                        _ => false,
-                    })
+                one == *protocol && elements(set).any(|elements| contains_port(elements, port))
             }),
             Match::NamedPort(_, set) => packet.transport.is_some_and(|(protocol, port)| {
                 let wanted = Element::NamedPort(packet.destination, protocol, port);
-                contains(set, &|element| *element == wanted)
+                elements(set).any(|elements| elements.contains(&wanted))
             }),
             Match::Hairpin => packet.input.is_some() && packet.input == packet.output,
         }
     }
+}
+
+/// Returns whether a set of addresses or of disjoint ranges contains an address.
+fn contains_address(elements: &BTreeSet<Element>, address: IpAddr) -> bool {
+    let last = match address {
+        IpAddr::V4(_) => Ipv4Addr::BROADCAST.into(),
+        IpAddr::V6(_) => Ipv6Addr::from_bits(u128::MAX).into(),
+    };
+    let highest = Element::Range(AddressRange { first: address, last });
+    elements.contains(&Element::Address(address))
+        || elements.range(..=highest).next_back().is_some_and(
+            |element| matches!(element, Element::Range(range) if range.contains(address)),
+        )
+}
+
+/// Returns whether a set of disjoint ranges of ports contains a port.
+fn contains_port(elements: &BTreeSet<Element>, port: u16) -> bool {
+    let highest = Element::Ports(PortRange { start: port, end: u16::MAX });
+    elements.range(..=highest).next_back().is_some_and(
+        |element| matches!(element, Element::Ports(range) if range.start <= port && port <= range.end),
+    )
 }

@@ -1,7 +1,7 @@
 //! Kubernetes network policies for the pods of a node: API types, compiler and oracle.
 //!
-//! The crate is pure: it opens no sockets, starts no programs and reads no clock. It links neither
-//! kube nor k8s-openapi.
+//! The crate is pure except for [`enforce`]: the other modules open no sockets, start no programs
+//! and read no clock. The crate links neither kube nor k8s-openapi.
 //!
 //! - [`api`]: the objects as the API server serves them. Parts that cannot be read match nothing;
 //!   parts of unknown types fail closed.
@@ -9,6 +9,7 @@
 //! - [`compile`]: the inventory becomes a [`program`], the intermediate form of the kernel's table.
 //! - [`engine`]: incremental compilation; each change becomes a small difference.
 //! - [`render`]: text for `nft -f -`.
+//! - [`enforce`]: installation of a program in the kernel, and its changes.
 //! - [`interpret`]: the verdict of a program for a packet.
 //! - [`oracle`]: the verdict of the API objects for a connection, without the compiler.
 //!
@@ -45,6 +46,7 @@
 
 pub mod api;
 pub mod compile;
+pub mod enforce;
 pub mod engine;
 pub mod interpret;
 pub mod model;

@@ -10,7 +10,16 @@ use crate::program::{
     Chain, Change, Changes, Difference, Family, Match, Program, Set, SetKey, Statement, Verdict,
 };
 
-/// Names that the rules refer to.
+/// Effect of the chain `refuse`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Refused packets are counted, logged and accepted.
+    Audit,
+    /// Refused packets are counted, logged and dropped.
+    Enforce,
+}
+
+/// Properties of the table that do not depend on the program.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Table {
     /// Name of the table, of the family inet.
@@ -19,40 +28,51 @@ pub struct Table {
     pub pod_prefix: String,
     /// NFLOG group that receives refused packets.
     pub log_group: u16,
+    /// Effect of refusals.
+    pub mode: Mode,
+}
+
+/// Sets and maps of every table, with their types. `self` has pairs of equal interfaces; `cut4` and
+/// `cut6` have the connections that a change of policies has ended.
+const SETS: [(&str, &str); 3] = [
+    ("self", "typeof iifname . oifname;"),
+    ("cut4", "typeof ip saddr . ip daddr . meta l4proto . th sport . th dport; flags timeout;"),
+    ("cut6", "typeof ip6 saddr . ip6 daddr . meta l4proto . th sport . th dport; flags timeout;"),
+];
+/// Verdict maps of every table, with their keys.
+const MAPS: [(&str, &str); 3] = [("from", "iifname"), ("to", "oifname"), ("to_node", "iifname")];
+/// Counters of every table: packets that the chain `refuse` has judged, packets of pods' interfaces
+/// without a verdict, and dropped packets of connections that have ended.
+const COUNTERS: [&str; 3] = ["refused", "unassigned", "cut"];
+/// Base chains: name, hook, priority, key and map.
+const HOOKS: [(&str, &str, &str, &str, &str); 3] = [
+    ("egress", "forward", "filter - 10", "iifname", "from"),
+    ("ingress", "forward", "filter - 5", "oifname", "to"),
+    ("node", "input", "filter - 10", "iifname", "to_node"),
+];
+
+/// Returns the names of the sets and maps, counters and chains of every table.
+pub(crate) fn fixed_sets() -> impl Iterator<Item = &'static str> {
+    SETS.iter().chain(&MAPS).map(|(name, _)| *name)
+}
+
+/// Returns the names of the counters of every table.
+pub(crate) fn fixed_counters() -> impl Iterator<Item = &'static str> {
+    COUNTERS.into_iter()
+}
+
+/// Returns the names of the chains of every table.
+pub(crate) fn fixed_chains() -> impl Iterator<Item = &'static str> {
+    HOOKS.iter().map(|(name, ..)| *name).chain(["refuse"])
 }
 
 /// Returns the transaction that installs the table, which must not exist. The base chains come
 /// last.
 pub fn install(table: &Table, program: &Program) -> String {
     let mut text = Text::new(&table.name);
-    text.line("add table inet", "", "");
-    text.line("add set", "self", "{ typeof iifname . oifname; }");
-    for (map, key) in [("from", "iifname"), ("to", "oifname"), ("to_node", "iifname")] {
-        text.line("add map", map, &format!("{{ typeof {key} : verdict; }}"));
-    }
-    text.line("add chain", "refuse", "");
-    let group = table.log_group;
-    let log = format!("limit rate 50/second log prefix \"skein\" group {group} snaplen 96");
-    text.line("add rule", "refuse", &log);
-    text.line("add rule", "refuse", "drop");
+    text.foundation(table);
     text.difference(&Difference::between(&Program::default(), program));
-    let chains = [
-        ("egress", "forward", "filter - 10", "iifname", "from"),
-        ("ingress", "forward", "filter - 5", "oifname", "to"),
-        ("node", "input", "filter - 10", "iifname", "to_node"),
-    ];
-    for (chain, hook, priority, key, map) in chains {
-        let hook = format!("{{ type filter hook {hook} priority {priority}; policy accept; }}");
-        text.line("add chain", chain, &hook);
-        text.line("add rule", chain, &format!("{key} != \"{}*\" accept", table.pod_prefix));
-        // A policy that is made stricter applies to the original direction of open connections.
-        text.line("add rule", chain, "ct state related accept");
-        text.line("add rule", chain, "ct direction reply ct state established accept");
-        text.line("add rule", chain, &format!("{key} vmap @{map}"));
-        if map != "to_node" {
-            text.line("add rule", chain, "counter drop");
-        }
-    }
+    text.hooks(table);
     text.text
 }
 
@@ -60,6 +80,27 @@ pub fn install(table: &Table, program: &Program) -> String {
 pub fn apply(table: &Table, difference: &Difference) -> String {
     let mut text = Text::new(&table.name);
     text.difference(difference);
+    text.text
+}
+
+/// Returns the transaction that adds and fills objects without elements of sets and of interface
+/// maps. Objects that exist stay; rules of chains are replaced.
+pub(crate) fn structure(table: &Table, difference: &Difference) -> String {
+    let mut text = Text::new(&table.name);
+    text.foundation(table);
+    text.declarations(difference);
+    text.chains(difference);
+    text.text
+}
+
+/// Returns the transaction that adds the base chains, or replaces their rules, and then removes
+/// objects.
+pub(crate) fn completion(table: &Table, hooks: bool, difference: &Difference) -> String {
+    let mut text = Text::new(&table.name);
+    if hooks {
+        text.hooks(table);
+    }
+    text.removals(difference);
     text.text
 }
 
@@ -83,15 +124,87 @@ impl<'a> Text<'a> {
         );
     }
 
+    /// Writes the objects that do not depend on the program, except for the base chains.
+    fn foundation(&mut self, table: &Table) {
+        self.line("add table inet", "", "");
+        for counter in COUNTERS {
+            self.line("add counter", counter, "");
+        }
+        for (set, kind) in SETS {
+            self.line("add set", set, &format!("{{ {kind} }}"));
+        }
+        for (map, key) in MAPS {
+            self.line("add map", map, &format!("{{ typeof {key} : verdict; }}"));
+        }
+        let group = table.log_group;
+        let verdict = match table.mode {
+            Mode::Audit => "accept",
+            Mode::Enforce => "drop",
+        };
+        let log = format!("limit rate 50/second log prefix \"skein\" group {group} snaplen 96");
+        self.fill("refuse", "", &["counter name refused", &log, verdict]);
+    }
+
+    /// Writes the base chains.
+    fn hooks(&mut self, table: &Table) {
+        let prefix = &table.pod_prefix;
+        for (chain, hook, priority, key, map) in HOOKS {
+            let hook = format!("{{ type filter hook {hook} priority {priority}; policy accept; }}");
+            let others = format!("{key} != \"{prefix}*\" accept");
+            let dispatch = format!("{key} vmap @{map}");
+            let mut rules = vec![
+                &*others,
+                "ct state established ip saddr . ip daddr . meta l4proto . th sport . th dport \
+                 @cut4 counter name cut drop",
+                "ct state established ip6 saddr . ip6 daddr . meta l4proto . th sport . th dport \
+                 @cut6 counter name cut drop",
+                // A policy that is made stricter applies to the original direction of open
+                // connections.
+                "ct state related accept",
+                "ct direction reply ct state established accept",
+                &*dispatch,
+            ];
+            if map != "to_node" {
+                rules.push("counter name unassigned goto refuse");
+            }
+            self.fill(chain, &hook, &rules);
+        }
+    }
+
+    /// Writes a chain with exactly these rules.
+    fn fill(&mut self, chain: &str, hook: &str, rules: &[&str]) {
+        self.line("add chain", chain, hook);
+        self.line("flush chain", chain, "");
+        for rule in rules {
+            self.line("add rule", chain, rule);
+        }
+    }
+
     /// Writes additions in the order of their references, then the verdicts of interfaces, then
     /// removals in the opposite order.
     fn difference(&mut self, difference: &Difference) {
+        self.declarations(difference);
+        self.elements(difference);
+        self.chains(difference);
+        let maps =
+            [("from", &difference.from), ("to", &difference.to), ("to_node", &difference.to_node)];
+        for (map, changes) in maps {
+            self.interfaces(map, changes);
+        }
+        self.removals(difference);
+    }
+
+    /// Writes the counters and sets that are added.
+    fn declarations(&mut self, difference: &Difference) {
         for name in added(&difference.counters).map(|(name, _)| name) {
             self.line("add counter", name, "");
         }
         for (name, set) in added(&difference.sets) {
             self.line("add set", name, &format!("{{ {} }}", set_type(set)));
         }
+    }
+
+    fn elements(&mut self, difference: &Difference) {
         let removed_set = |name: &str| difference.sets.get(name) == Some(&Change::Removed);
         for (name, elements) in difference.elements.iter().filter(|(name, _)| !removed_set(name)) {
             for (command, wanted) in [("delete element", false), ("add element", true)] {
@@ -102,19 +215,13 @@ impl<'a> Text<'a> {
                 }
             }
         }
-        self.chains(difference);
-        let maps =
-            [("from", &difference.from), ("to", &difference.to), ("to_node", &difference.to_node)];
-        for (map, changes) in maps {
-            self.interfaces(map, changes);
-        }
-        self.removals(difference);
     }
 
     /// Adds chains and port maps: empty chains first, because rules and maps refer to chains.
     fn chains(&mut self, difference: &Difference) {
         for (name, _) in added(&difference.chains) {
             self.line("add chain", name, "");
+            self.line("flush chain", name, "");
         }
         for (name, map) in added(&difference.port_maps) {
             self.line("add map", name, "{ typeof meta l4proto . th dport : verdict; }");

@@ -12,14 +12,19 @@ use super::incremental::{Step, step, take};
 use crate::compile::{Families, compile};
 use crate::engine::Engine;
 use crate::program::Program;
-use crate::render::{Table, apply, install};
+use crate::render::{Mode, Table, apply, install};
 
-fn table() -> Table {
-    Table { name: "skein-policy".to_owned(), pod_prefix: "skp".to_owned(), log_group: 51 }
+pub(super) fn table() -> Table {
+    Table {
+        name: "skein-policy".to_owned(),
+        pod_prefix: "skp".to_owned(),
+        log_group: 51,
+        mode: Mode::Enforce,
+    }
 }
 
 /// Runs `nft` with a transaction; returns what it printed.
-fn nft(arguments: &[&str], transaction: &str) -> String {
+pub(super) fn nft(arguments: &[&str], transaction: &str) -> String {
     let mut child = Command::new("nft")
         .args(arguments)
         .stdin(Stdio::piped())
@@ -34,13 +39,13 @@ fn nft(arguments: &[&str], transaction: &str) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-fn in_namespace(test: impl FnOnce() + Send) {
+pub(super) fn in_namespace(test: impl FnOnce() + Send) {
     skein_sys::in_new_network_namespace(test)
         .expect("this test needs root: CAP_SYS_ADMIN for a network namespace");
 }
 
 /// Returns `count` values of a strategy, the same in every run.
-fn samples<S: Strategy>(strategy: &S, count: usize) -> Vec<S::Value> {
+pub(super) fn samples<S: Strategy>(strategy: &S, count: usize) -> Vec<S::Value> {
     let mut runner = TestRunner::deterministic();
     (0..count).map(|_| strategy.new_tree(&mut runner).unwrap().current()).collect()
 }
@@ -60,7 +65,7 @@ fn rulesets_of_random_clusters_load() {
 }
 
 /// Returns the objects of the table in `nft`'s notation, without positions and counts.
-fn listed() -> Vec<String> {
+pub(super) fn listed() -> Vec<String> {
     let text = nft(&["-s", "list", "table", "inet", "skein-policy"], "");
     let mut objects: Vec<_> = text.split("\n\n").map(sorted_elements).collect();
     objects.sort_unstable();

@@ -3,8 +3,12 @@
 #![allow(clippy::unwrap_used)]
 
 mod agreement;
+mod connections;
+mod enforcement;
 mod examples;
 mod generate;
+mod hosts;
 mod incremental;
 mod kernel;
 mod mutations;
+mod packets;
