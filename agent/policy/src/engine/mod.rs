@@ -4,6 +4,7 @@
 //! takes the difference since the last call of [`Engine::take_difference`]. Applied in order, the
 //! differences give the program of [`compile`](crate::compile::compile).
 
+mod demand;
 mod profiles;
 mod record;
 
@@ -20,6 +21,7 @@ use crate::compile::{
 use crate::model::{Direction, Inventory, NodeInfo, PodId, PodInfo, Policy, PolicyId, TermIndex};
 use crate::program::{Difference, Element, Program, SetKey};
 
+pub use self::demand::PodScope;
 use self::record::Record;
 
 /// Both directions, in the order of assignment.
@@ -46,6 +48,14 @@ pub struct Engine {
     assigned: BTreeMap<(String, Direction), Option<ProfileKey>>,
     /// Number of profiles that use each object, by the name of the object.
     uses: HashMap<String, usize>,
+    /// Scopes of pods that have been reported completely; `None` if all pods have been.
+    complete: Option<BTreeSet<PodScope>>,
+    /// Scopes that the profile of an interface and direction needs before its first use.
+    guarded: BTreeMap<(String, Direction), BTreeSet<PodScope>>,
+    /// Last result of [`Engine::take_demand`].
+    demand: Option<BTreeSet<PodScope>>,
+    /// True if the demand may have changed since the last call of [`Engine::take_demand`].
+    may_demand_change: bool,
 }
 
 impl Engine {
@@ -62,6 +72,10 @@ impl Engine {
             profiles: HashMap::new(),
             assigned: BTreeMap::new(),
             uses: HashMap::new(),
+            complete: None,
+            guarded: BTreeMap::new(),
+            demand: None,
+            may_demand_change: true,
         }
     }
 
@@ -199,8 +213,11 @@ impl Engine {
     /// Removes the interface of a pod.
     pub fn detach(&mut self, interface: &str) {
         self.inventory.detach(interface);
+        self.may_demand_change = true;
         for direction in DIRECTIONS {
-            let old = self.assigned.remove(&(interface.to_owned(), direction));
+            let place = (interface.to_owned(), direction);
+            self.guarded.remove(&place);
+            let old = self.assigned.remove(&place);
             self.record.assign(&mut self.program, interface, direction, None);
             if let Some(Some(key)) = old {
                 self.release(&key);
@@ -249,7 +266,9 @@ impl Engine {
         let pods = self.inventory.pods_of(name);
         let addresses = pods.flat_map(|(_, info)| info.addresses.iter().copied()).collect();
         self.around(&addresses, change);
+        self.may_demand_change = true;
         self.refresh_where(|pod| pod.namespace == name);
+        self.refresh_guarded();
     }
 
     /// Compiles the profiles of the pods that a policy applies to, or has applied to.
@@ -302,7 +321,15 @@ impl Engine {
     fn refresh(&mut self, interface: &str) {
         let Some(pod) = self.inventory.interfaces().get(interface).cloned() else { return };
         for direction in DIRECTIONS {
-            let key = self.key(&pod, direction);
+            let mut key = self.key(&pod, direction);
+            let place = (interface.to_owned(), direction);
+            let policies = key.as_ref().map(|key| key.policies.clone()).unwrap_or_default();
+            if self.waits(&place, &policies) {
+                if matches!(self.assigned.get(&place), Some(Some(_))) {
+                    continue;
+                }
+                key = None;
+            }
             self.assign(interface, direction, key);
         }
     }

@@ -88,6 +88,7 @@ impl Engine {
     }
 
     fn add_set(&mut self, name: &str, set: &Set) {
+        self.may_demand_change = true;
         self.record.sets.set(&mut self.program.sets, name, Some(set.clone()));
         match &set.key {
             SetKey::Pods(terms) | SetKey::NamedPorts { pods: Some(terms), .. } => {
@@ -102,6 +103,7 @@ impl Engine {
     }
 
     fn remove_set(&mut self, name: &str, set: &Set) {
+        self.may_demand_change = true;
         if let SetKey::Pods(terms) | SetKey::NamedPorts { pods: Some(terms), .. } = &set.key {
             terms.iter().for_each(|term| self.members.remove(term, &name.to_owned()));
         }

@@ -26,8 +26,12 @@ pub enum NamespaceScope {
 impl PodTerm {
     /// Returns whether the term selects every pod of every namespace.
     pub fn is_all(&self) -> bool {
+        self.is_of_all_namespaces() && self.pods.is_empty()
+    }
+
+    /// Returns whether the term selects pods of every namespace.
+    pub fn is_of_all_namespaces(&self) -> bool {
         matches!(&self.namespaces, NamespaceScope::Labelled(selector) if selector.is_empty())
-            && self.pods.is_empty()
     }
 
     /// Returns the name of the namespace if the term is about one namespace.

@@ -4,6 +4,7 @@
 
 mod agreement;
 mod connections;
+mod demand;
 mod enforcement;
 mod examples;
 mod generate;
