@@ -5,6 +5,7 @@ mod node;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -12,7 +13,7 @@ use ipnet::IpNet;
 use serde::Deserialize;
 use skein_cni_protocol::excerpt::excerpt;
 use skein_core::address;
-use skein_ipc::keys::{PublicKey, PublicKeys};
+use skein_ipc::keys::PublicKey;
 
 use self::conflict::first_conflict;
 pub use self::node::NodeRecord;
@@ -22,27 +23,6 @@ use crate::config::{check_disjoint, check_node_name, check_pod_cidr, toml_error}
 
 /// Maximum length of a file of records in bytes; 10,000 nodes take about 3 MiB.
 const MAX_FILE: u64 = 16 << 20;
-
-impl NodeRecord {
-    /// Parses a record whose fields are text, for example those of a SkeinNode.
-    ///
-    /// # Errors
-    /// [`RecordError`] with the name of the first invalid field and the remedy.
-    pub fn from_text(
-        name: String,
-        public_key: String,
-        second_public_key: Option<String>,
-        endpoints: Vec<String>,
-        pod_cidrs: Vec<String>,
-    ) -> Result<Self, RecordError> {
-        RawRecord { name, public_key, second_public_key, endpoints, pod_cidrs }.validate()
-    }
-
-    /// Returns the public key and the second public key.
-    pub fn keys(&self) -> PublicKeys {
-        PublicKeys { first: self.public_key, second: self.second_public_key }
-    }
-}
 
 /// Reason to refuse a record or a file of records, with the remedy.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -109,14 +89,18 @@ fn read_file(path: &Path) -> Result<Vec<NodeRecord>, RecordError> {
     parse(&std::fs::read_to_string(path).map_err(cannot)?)
 }
 
+/// A record whose fields are text: a table of a file, or the fields of a SkeinNode.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct RawRecord {
-    name: String,
-    public_key: String,
-    second_public_key: Option<String>,
-    endpoints: Vec<String>,
-    pod_cidrs: Vec<String>,
+pub(super) struct RawRecord {
+    pub(super) name: String,
+    pub(super) public_key: String,
+    pub(super) second_public_key: Option<String>,
+    pub(super) endpoints: Vec<String>,
+    pub(super) pod_cidrs: Vec<String>,
+    /// Overlay addresses; empty for the default.
+    #[serde(default)]
+    pub(super) overlay_addresses: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -152,7 +136,11 @@ pub fn parse(text: &str) -> Result<Vec<NodeRecord>, RecordError> {
 }
 
 impl RawRecord {
-    fn validate(self) -> Result<NodeRecord, RecordError> {
+    /// Parses the fields.
+    ///
+    /// # Errors
+    /// [`RecordError`] with the name of the first invalid field and the remedy.
+    pub(super) fn validate(self) -> Result<NodeRecord, RecordError> {
         let name = self.name;
         check_node_name(&name).map_err(|error| RecordError(error.to_string()))?;
         let wrong =
@@ -197,8 +185,26 @@ impl RawRecord {
             return Err(wrong("pod_cidrs", text.to_owned()));
         }
         check_disjoint(&pod_cidrs).map_err(|error| wrong("pod_cidrs", error.to_string()))?;
+        let mut overlay_addresses = Vec::with_capacity(self.overlay_addresses.len());
+        for text in &self.overlay_addresses {
+            let address: IpAddr = address::parse(text).map_err(|_| {
+                wrong("overlay_addresses", format!("{:?} is not an address", excerpt(text)))
+            })?;
+            if !pod_cidrs.iter().any(|cidr| cidr.contains(&address)) {
+                let text = format!("{address} is outside of pod_cidrs. Use an address in them.");
+                return Err(wrong("overlay_addresses", text));
+            }
+            overlay_addresses.push(address);
+        }
         log_refused(&name, &refused);
-        Ok(NodeRecord { name, public_key, second_public_key, endpoints, pod_cidrs })
+        Ok(NodeRecord {
+            name,
+            public_key,
+            second_public_key,
+            endpoints,
+            pod_cidrs,
+            overlay_addresses,
+        })
     }
 }
 
@@ -237,6 +243,7 @@ pub(crate) mod tests {
             second_public_key: None,
             endpoints: vec![SocketAddr::from(([192, 0, 2, n], 51900)).into()],
             pod_cidrs: cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect(),
+            overlay_addresses: Vec::new(),
         }
     }
 
@@ -295,6 +302,8 @@ pub(crate) mod tests {
             (good.replace("10.1.0.0/24", "10.1.0.0"), "node-1: pod_cidrs", "length"),
             (good.replace("\"10.1.0.0/24\"", ""), "node-1: pod_cidrs", "prefixes"),
             (text(1, &["10.1.0.0/24", "10.1.0.0/25"]), "pod_cidrs", "overlap"),
+            (good.clone() + "overlay_addresses = ['x']\n", "overlay_addresses", "address"),
+            (good.clone() + "overlay_addresses = ['10.2.0.1']\n", "overlay_addresses", "pod_cidrs"),
         ] {
             let error = error(&bad);
             assert!(error.contains(field), "{bad}: {error}");

@@ -11,7 +11,11 @@ use skein_ipc::keys::PublicKeys;
 
 use super::resource::SkeinNodeSpec;
 use crate::config::{Config, check_inside, check_outside};
+use crate::control::desired::first_host;
 use crate::control::records::RecordError;
+
+/// Maximum number of overlay addresses in a SkeinNode.
+const MAX_OVERLAY_ADDRESSES: usize = 16;
 
 /// Returns the spec of this node's SkeinNode. `addresses` are those of
 /// `kubernetes.endpoint_interface`; `None` if no interface is configured.
@@ -70,12 +74,24 @@ pub(super) fn spec(
             config.underlay.addresses
         )));
     }
+    let overlay_addresses = overlay_addresses(config, &parsed);
     Ok(SkeinNodeSpec {
         public_key: keys.first.to_string(),
         second_public_key: keys.second.map(|key| key.to_string()),
         endpoints,
         pod_cidrs,
+        overlay_addresses: Some(overlay_addresses),
     })
+}
+
+/// Returns the node's addresses on the overlay, as far as they are inside of its pod CIDRs. Other
+/// nodes drop packets from addresses elsewhere.
+fn overlay_addresses(config: &Config, pod_cidrs: &[IpNet]) -> Vec<String> {
+    let first = || pod_cidrs.iter().map(first_host).collect();
+    let addresses = config.interface.addresses.clone().unwrap_or_else(first);
+    let is_inside = |address: &IpAddr| pod_cidrs.iter().any(|cidr| cidr.contains(address));
+    let inside = addresses.into_iter().filter(is_inside).take(MAX_OVERLAY_ADDRESSES);
+    inside.map(|address| address.to_string()).collect()
 }
 
 fn pod_cidrs(node: &Node) -> Result<Vec<String>, RecordError> {
@@ -147,6 +163,10 @@ mod tests {
         let configured =
             spec(&config("pod_cidrs = ['10.9.0.0/16']"), PublicKey([1; 32]).into(), &node, None);
         assert_eq!(configured.unwrap().pod_cidrs, ["10.9.0.0/16"]);
+        assert_eq!(all.overlay_addresses.unwrap(), ["10.1.0.1", "fd00:1::1"]);
+        let addresses = config("[interface]\naddresses = ['10.1.0.7', '192.0.2.7']");
+        let own = spec(&addresses, PublicKey([1; 32]).into(), &node, None).unwrap();
+        assert_eq!(own.overlay_addresses.unwrap(), ["10.1.0.7"]);
         assert_eq!(owner(&node).unwrap().uid, "u");
     }
 

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use skein_cni_protocol::excerpt::message_excerpt;
 use skein_ipc::{Capability, CapabilityState};
 
-use super::super::records::{NodeRecord, RecordError};
+use super::super::records::{NodeRecord, RawRecord, RecordError};
 
 /// API group of Skein's resources.
 pub const GROUP: &str = "skein.network";
@@ -79,6 +79,11 @@ pub struct SkeinNodeSpec {
     #[serde(rename = "podCIDRs")]
     #[schemars(length(min = 1, max = 16), inner(length(max = 64)))]
     pub pod_cidrs: Vec<String>,
+    /// Addresses of the node on the overlay, inside of its pod prefixes. Network policies do not
+    /// count them as pods. Absent: the first host of each prefix.
+    // The field is also written as null, like `second_public_key`.
+    #[schemars(length(max = 16), inner(length(max = 64)))]
+    pub overlay_addresses: Option<Vec<String>>,
 }
 
 /// Status of the node, which its agent writes.
@@ -181,8 +186,22 @@ impl SkeinNodeSpec {
     /// # Errors
     /// The field with an invalid value, and the reason.
     pub fn record(&self, name: String) -> Result<NodeRecord, RecordError> {
-        let SkeinNodeSpec { public_key, second_public_key, endpoints, pod_cidrs } = self.clone();
-        NodeRecord::from_text(name, public_key, second_public_key, endpoints, pod_cidrs)
+        let SkeinNodeSpec {
+            public_key,
+            second_public_key,
+            endpoints,
+            pod_cidrs,
+            overlay_addresses,
+        } = self.clone();
+        let record = RawRecord {
+            name,
+            public_key,
+            second_public_key,
+            endpoints,
+            pod_cidrs,
+            overlay_addresses: overlay_addresses.unwrap_or_default(),
+        };
+        record.validate()
     }
 }
 
@@ -224,10 +243,20 @@ mod tests {
                 second_public_key: None,
                 endpoints: vec!["192.0.2.1:51900".into(), "[2001:db8::1]:51900".into()],
                 pod_cidrs: vec!["10.1.0.0/24".into(), "fd00::/64".into()],
+                overlay_addresses: None,
             },
         );
         let record = node.record().unwrap();
         assert_eq!((record.name.as_str(), record.endpoints.len()), ("node-a", 2));
+        let first: [std::net::IpAddr; 2] =
+            ["10.1.0.1", "fd00::1"].map(|address| address.parse().unwrap());
+        assert_eq!(record.overlay_addresses(), first);
+        node.spec.overlay_addresses = Some(vec!["10.1.0.9".into()]);
+        let named = node.record().unwrap().overlay_addresses();
+        assert_eq!(named, ["10.1.0.9".parse::<std::net::IpAddr>().unwrap()]);
+        node.spec.overlay_addresses = Some(vec!["10.2.0.9".into()]);
+        assert!(node.record().unwrap_err().to_string().contains("overlay_addresses"));
+        node.spec.overlay_addresses = None;
         node.spec.pod_cidrs = vec!["10.1.0.0".into()];
         assert!(node.record().unwrap_err().to_string().contains("pod_cidrs"));
     }
@@ -239,6 +268,7 @@ mod tests {
             second_public_key: None,
             endpoints: vec![endpoint.into()],
             pod_cidrs: vec![cidr.into()],
+            overlay_addresses: None,
         };
         let record = |endpoint, cidr| spec(endpoint, cidr).record("node-a".into());
         let mapped = record("[::ffff:192.0.2.1]:51900", "::ffff:10.1.0.0/120").unwrap();
@@ -305,12 +335,14 @@ mod tests {
             second_public_key: None,
             endpoints: vec!["192.0.2.1:51900".into()],
             pod_cidrs: vec!["10.1.0.0/24".into()],
+            overlay_addresses: None,
         };
         let specs = [
             SkeinNodeSpec { public_key: huge.clone(), ..good.clone() },
             SkeinNodeSpec { second_public_key: Some(huge.clone()), ..good.clone() },
             SkeinNodeSpec { endpoints: vec![huge.clone()], ..good.clone() },
             SkeinNodeSpec { pod_cidrs: vec![huge.clone()], ..good.clone() },
+            SkeinNodeSpec { overlay_addresses: Some(vec![huge.clone()]), ..good.clone() },
         ];
         let records = specs.iter().map(|spec| spec.record("node-a".into()));
         for record in records.chain([good.record(huge.clone())]) {

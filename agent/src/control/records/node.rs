@@ -1,10 +1,13 @@
 //! The record of one node.
 
+use std::net::IpAddr;
+
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize};
 use skein_cni_protocol::excerpt::excerpt;
-use skein_ipc::keys::PublicKey;
+use skein_ipc::keys::{PublicKey, PublicKeys};
 
+use crate::control::desired::first_host;
 use crate::control::endpoint::{Endpoint, EndpointError};
 
 /// Record of a node: its keys, endpoints and pod CIDRs. Serialized in registry.json.
@@ -23,6 +26,25 @@ pub struct NodeRecord {
     /// Prefixes of the node's pods.
     #[serde(deserialize_with = "skein_ipc::address::canonical")]
     pub pod_cidrs: Vec<IpNet>,
+    /// Addresses of the node on the overlay, inside of `pod_cidrs`; empty for the first host of
+    /// each prefix.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub overlay_addresses: Vec<IpAddr>,
+}
+
+impl NodeRecord {
+    /// Returns the public key and the second public key.
+    pub fn keys(&self) -> PublicKeys {
+        PublicKeys { first: self.public_key, second: self.second_public_key }
+    }
+
+    /// Returns the addresses of the node on the overlay, which are no addresses of pods.
+    pub fn overlay_addresses(&self) -> Vec<IpAddr> {
+        match self.overlay_addresses.is_empty() {
+            true => self.pod_cidrs.iter().map(first_host).collect(),
+            false => self.overlay_addresses.clone(),
+        }
+    }
 }
 
 /// Reads the endpoints of a stored record. Endpoints that this release refuses are left out with a

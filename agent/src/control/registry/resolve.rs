@@ -145,6 +145,7 @@ pub(super) fn resolve_conflicts(
         second_public_key: own.keys.second,
         endpoints: Vec::new(),
         pod_cidrs: pod_cidrs.to_vec(),
+        overlay_addresses: Vec::new(),
     });
     let mut resolver = Resolver {
         own,

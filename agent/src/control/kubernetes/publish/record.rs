@@ -54,12 +54,15 @@ pub(super) struct RecordWriter {
     /// Name of the node.
     name: String,
     applied: Option<Applied>,
+    /// True if the API server has dropped the overlay addresses of the last write, because the
+    /// cluster's definition of SkeinNodes is older than the field.
+    lacks_addresses: bool,
 }
 
 impl RecordWriter {
     /// Returns a writer for the node `name`, which has written nothing yet.
     pub(super) fn new(skeinnodes: Api<SkeinNode>, name: String) -> Self {
-        Self { skeinnodes, name, applied: None }
+        Self { skeinnodes, name, applied: None, lacks_addresses: false }
     }
 
     /// Writes the SkeinNode if it differs from `own`, or if the Node does not own it.
@@ -79,7 +82,7 @@ impl RecordWriter {
             let mut owners = found.metadata.owner_references.iter().flatten();
             owners.any(|found| found.uid == owner.uid)
         };
-        if published.is_some_and(|found| found.spec == *own && owned(found)) {
+        if published.is_some_and(|found| self.has_spec(found, own) && owned(found)) {
             // The watch has reported the write, so that a later difference is a new change.
             self.applied = None;
             return Ok(());
@@ -95,11 +98,22 @@ impl RecordWriter {
         let parameters = PatchParams::apply(MANAGER).force();
         let patch = Patch::Apply(&object);
         let written = self.skeinnodes.patch(name, &parameters, &patch);
-        let uid = send(written).await.context("SkeinNode")?.metadata.uid;
+        let written = send(written).await.context("SkeinNode")?;
+        self.lacks_addresses =
+            own.overlay_addresses.is_some() && written.spec.overlay_addresses.is_none();
+        let uid = written.metadata.uid;
         tracing::info!(endpoints = ?own.endpoints, pod_cidrs = ?own.pod_cidrs, "SkeinNode written");
         let at = Instant::now();
         self.applied = Some(Applied { spec: own.clone(), owner, before, uid, at });
         Ok(())
+    }
+
+    /// Returns whether a SkeinNode has the spec, as far as the cluster's definition allows.
+    fn has_spec(&self, found: &SkeinNode, own: &SkeinNodeSpec) -> bool {
+        if self.lacks_addresses && found.spec.overlay_addresses.is_none() {
+            return found.spec == SkeinNodeSpec { overlay_addresses: None, ..own.clone() };
+        }
+        found.spec == *own
     }
 }
 
@@ -107,6 +121,26 @@ impl RecordWriter {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn record_without_unknown_field_counts_as_written() {
+        let url: http::Uri = "http://127.0.0.1:9".parse().unwrap();
+        let client = kube::Client::try_from(kube::Config::new(url)).unwrap();
+        let mut writer = RecordWriter::new(Api::all(client), "a".to_owned());
+        let own = SkeinNodeSpec {
+            public_key: "k".to_owned(),
+            overlay_addresses: Some(vec!["10.1.0.1".to_owned()]),
+            ..SkeinNodeSpec::default()
+        };
+        let found = |spec: &SkeinNodeSpec| SkeinNode::new("a", spec.clone());
+        let old = SkeinNodeSpec { overlay_addresses: None, ..own.clone() };
+        let other = SkeinNodeSpec { public_key: "l".to_owned(), ..old.clone() };
+        assert!(writer.has_spec(&found(&own), &own), "The record is complete.");
+        assert!(!writer.has_spec(&found(&old), &own), "The field has not been written yet.");
+        writer.lacks_addresses = true;
+        assert!(writer.has_spec(&found(&old), &own), "The definition does not have the field.");
+        assert!(!writer.has_spec(&found(&other), &own), "The public key differs.");
+    }
 
     #[test]
     fn deleted_record_is_written_again_at_once() {

@@ -96,6 +96,7 @@ fn loser<'a>(
         second_public_key: own.keys.second,
         endpoints: Vec::new(),
         pod_cidrs: pod_cidrs.to_vec(),
+        overlay_addresses: Vec::new(),
     });
     let stands = |record: &NodeRecord| configured.is_some() && record.name == own.name;
     let records = candidates.iter().flat_map(|(path, (records, _))| {
