@@ -77,6 +77,7 @@ mod tests {
             local_cidrs: nets(&["10.244.1.0/24"]),
             peers: Vec::new(),
             addresses: Vec::new(),
+            peer_addresses: Vec::new(),
             overlay: ["10.244.0.0/16", "10.244.1.0/24", "10.9.0.0/16", "fd00:9::/64"]
                 .map(|net| net.parse().unwrap())
                 .into(),

@@ -37,6 +37,8 @@ pub struct Desired {
     pub peers: Vec<Peer>,
     /// Addresses of this node on the interface.
     pub addresses: Vec<IpAddr>,
+    /// Overlay addresses of all other nodes.
+    pub peer_addresses: Vec<IpAddr>,
     /// Prefixes that only the overlay carries: pod CIDRs of this node, of the cluster, and of
     /// present and former peers.
     pub overlay: BTreeSet<IpNet>,
@@ -65,7 +67,17 @@ impl Desired {
         let overlay = registry.overlay_prefixes(config);
         let routed = config.interface.unreachable_routes;
         let unreachable = if routed { overlay.clone() } else { BTreeSet::new() };
-        Self { mtu, mtu_problem, local_cidrs, peers, addresses, overlay, unreachable, unresolved }
+        Self {
+            mtu,
+            mtu_problem,
+            local_cidrs,
+            peers,
+            addresses,
+            peer_addresses: registry.peers().flat_map(NodeRecord::overlay_addresses).collect(),
+            overlay,
+            unreachable,
+            unresolved,
+        }
     }
 
     /// Resolves the interfaces of link-local endpoints again. Returns whether the peers have
@@ -96,10 +108,9 @@ impl Desired {
     /// Returns the addresses that are pods'. The address of a node in its pod CIDR is not a pod's:
     /// for this node the configured address, for peers the default one.
     pub fn pod_networks(&self) -> PodNetworks {
-        let peers = self.peers.iter().flat_map(|peer| &peer.pod_cidrs).map(first_host);
         PodNetworks {
             networks: self.overlay.iter().copied().collect(),
-            excluded: self.addresses.iter().copied().chain(peers).collect(),
+            excluded: self.addresses.iter().chain(&self.peer_addresses).copied().collect(),
         }
     }
 

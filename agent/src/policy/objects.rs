@@ -37,6 +37,11 @@ pub(super) struct Objects {
     lists: HashMap<Scope, HashSet<ObjectId>>,
     /// Scopes that the source has listed.
     listed: HashSet<Scope>,
+    /// Scopes of pods other than `Local` that an earlier agent has stored, and that the source has
+    /// not listed. They end when nothing needs them.
+    pub(super) stored: BTreeSet<PodScope>,
+    /// True if rules that deny or pass wait for the scopes of their peers.
+    awaits_scopes: bool,
     /// True after the source's first [`PolicyEvent::Complete`].
     pub(super) complete: bool,
     /// True if the objects of an earlier agent were restored.
@@ -72,6 +77,8 @@ impl Objects {
             others: HashMap::new(),
             lists: HashMap::new(),
             listed: HashSet::new(),
+            stored: BTreeSet::new(),
+            awaits_scopes: false,
             complete: false,
             restored: false,
             defects: BTreeMap::new(),
@@ -87,6 +94,11 @@ impl Objects {
         match event {
             PolicyEvent::Upsert(object) => self.upsert(object),
             PolicyEvent::Remove(id) => self.remove(id),
+            PolicyEvent::Retain(id) => {
+                if let Some(seen) = self.lists.get_mut(&scope_of(&id)) {
+                    seen.insert(id);
+                }
+            }
             PolicyEvent::ListStarted(scope) => {
                 self.lists.insert(scope, HashSet::new());
             }
@@ -263,7 +275,47 @@ impl Objects {
                 self.remove(id);
             }
         }
+        match &scope {
+            Scope::Pods(PodScope::All) => {
+                // The list contains the pods of all stored scopes.
+                for stored in std::mem::take(&mut self.stored) {
+                    self.end_scope(&Scope::Pods(stored));
+                }
+            }
+            Scope::Pods(pods) => drop(self.stored.remove(pods)),
+            _ => {}
+        }
         self.listed.insert(scope);
+        self.report_scopes();
+    }
+
+    /// Makes new pods wait for the scopes of peers that rules deny or pass.
+    pub(super) fn await_scopes(&mut self) {
+        self.awaits_scopes = true;
+        self.report_scopes();
+    }
+
+    /// Reports the scopes with known pods to the engine.
+    fn report_scopes(&mut self) {
+        if !self.awaits_scopes {
+            return;
+        }
+        let listed = self.listed.iter().filter_map(|scope| match scope {
+            Scope::Pods(pods) => pods.peers(),
+            _ => None,
+        });
+        let known = listed.chain(self.stored.iter().filter_map(PodScope::peers)).collect();
+        self.engine.set_complete(Some(known));
+    }
+
+    /// Ends the stored scopes that nothing needs. Call it when the pods of this node are known and
+    /// the source is complete.
+    pub(super) fn end_stored(&mut self, needed: &BTreeSet<PodScope>) {
+        let unneeded: Vec<_> = self.stored.difference(needed).cloned().collect();
+        for scope in unneeded {
+            self.stored.remove(&scope);
+            self.end_scope(&Scope::Pods(scope));
+        }
     }
 
     fn end_scope(&mut self, scope: &Scope) {
@@ -274,10 +326,10 @@ impl Objects {
             self.scopes.remove(pods);
         }
         objects.into_iter().for_each(|id| self.remove(id));
+        self.report_scopes();
     }
 
     fn complete_source(&mut self) {
-        let restored = self.scopes.keys().map(|scope| Scope::Pods(scope.clone()));
         let all = [
             Scope::NetworkPolicies,
             Scope::ClusterNetworkPolicies,
@@ -285,8 +337,7 @@ impl Objects {
             Scope::Nodes,
             Scope::Pods(PodScope::Local),
         ];
-        let stale: Vec<_> =
-            restored.chain(all).filter(|scope| !self.listed.contains(scope)).collect();
+        let stale: Vec<_> = all.into_iter().filter(|scope| !self.listed.contains(scope)).collect();
         stale.iter().for_each(|scope| self.end_scope(scope));
         self.complete = true;
         self.policies_changed = true;
@@ -327,5 +378,16 @@ impl Objects {
                 ids.map(|id| ObjectId::Pod(pods.clone(), id)).collect()
             }
         }
+    }
+}
+
+/// Returns the scope of an object.
+fn scope_of(id: &ObjectId) -> Scope {
+    match id {
+        ObjectId::Policy(PolicyId::NetworkPolicy { .. }) => Scope::NetworkPolicies,
+        ObjectId::Policy(PolicyId::ClusterNetworkPolicy { .. }) => Scope::ClusterNetworkPolicies,
+        ObjectId::Namespace(_) => Scope::Namespaces,
+        ObjectId::Node(_) => Scope::Nodes,
+        ObjectId::Pod(scope, _) => Scope::Pods(scope.clone()),
     }
 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use skein_policy::compile::Families;
-use skein_policy::model::{NamespaceScope, PodId, PodTerm};
+use skein_policy::model::PodId;
 use skein_policy::program::SetKey;
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tokio::time::Instant;
@@ -141,6 +141,9 @@ impl PolicyService {
         let commits = Commits::new().map_err(io::Error::other)?;
         let store = settings.store;
         store.restore(&mut objects);
+        if !settings.is_static {
+            objects.await_scopes();
+        }
         let attachments = Attachments::new(settings.is_static);
         let owner = Owner {
             mode: settings.mode,
@@ -161,6 +164,7 @@ impl PolicyService {
             readiness: settings.readiness,
             last_commit: None,
             revision: 0,
+            needed_scopes: BTreeSet::new(),
             are_needs_stale: true,
             commits: commits.clone(),
             waiting: Vec::new(),
@@ -314,6 +318,8 @@ struct Owner<T> {
     readiness: Readiness,
     last_commit: Option<Instant>,
     revision: u64,
+    /// Scopes of pods that the program refers to.
+    needed_scopes: BTreeSet<PodScope>,
     /// True if the needs may differ from the published ones.
     are_needs_stale: bool,
     commits: Commits,
@@ -396,6 +402,13 @@ impl<T: Table> Owner<T> {
         let changed = self.objects.take_changed();
         self.are_needs_stale |= is_urgent || changed.policies || !changed.pods.is_empty();
         self.attachments.update(&changed, &mut self.objects);
+        if let Some(demand) = self.objects.engine.take_demand() {
+            self.needed_scopes = demand.into_iter().map(PodScope::from).collect();
+            self.are_needs_stale = true;
+        }
+        if self.are_attachments_known && self.objects.complete {
+            self.objects.end_stored(&self.needed_scopes);
+        }
         is_urgent
     }
 
@@ -603,42 +616,15 @@ impl<T: Table> Owner<T> {
         self.state.send_replace(State { status, last_commit: self.last_commit });
     }
 
-    /// Returns the objects that the sets of the program refer to.
+    /// Returns the objects that the program refers to.
     fn current_needs(&self) -> Needs {
-        let engine = &self.objects.engine;
-        let mut needs = Needs::default();
-        for set in engine.program().sets.values() {
-            match &set.key {
-                SetKey::Pods(terms) | SetKey::NamedPorts { pods: Some(terms), .. } => {
-                    terms.iter().for_each(|term| self.add_need(&mut needs, term));
-                }
-                SetKey::NamedPorts { pods: None, .. } => drop(needs.pods.insert(PodScope::All)),
-                SetKey::Nodes(_) => needs.nodes = true,
-                SetKey::AllPods | SetKey::Blocks(_) | SetKey::Ports(_) => {}
-            }
-        }
+        let sets = self.objects.engine.program().sets.values();
+        let nodes = sets.into_iter().any(|set| matches!(set.key, SetKey::Nodes(_)));
         let unknown = self.attachments.unknown().filter_map(|one| one.pod.as_ref());
-        needs.unknown_pods = unknown
+        let unknown_pods = unknown
             .map(|pod| PodId { namespace: pod.namespace.clone(), name: pod.name.clone() })
             .collect();
-        needs
-    }
-
-    fn add_need(&self, needs: &mut Needs, term: &PodTerm) {
-        match &term.namespaces {
-            NamespaceScope::Named(name) => {
-                needs.pods.insert(PodScope::Namespace(name.clone()));
-            }
-            NamespaceScope::Labelled(selector) if selector.is_empty() => {
-                needs.pods.insert(PodScope::All);
-            }
-            NamespaceScope::Labelled(_) => {
-                let namespaces = self.objects.engine.inventory().namespaces();
-                let selected =
-                    namespaces.filter(|(name, labels)| term.selects_namespace(name, Some(labels)));
-                needs.pods.extend(selected.map(|(name, _)| PodScope::Namespace(name.to_owned())));
-            }
-        }
+        Needs { pods: self.needed_scopes.clone(), nodes, unknown_pods }
     }
 }
 

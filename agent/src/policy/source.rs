@@ -17,6 +17,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use skein_policy::api::{ClusterNetworkPolicy, Namespace, NetworkPolicy, Node, Pod};
+use skein_policy::engine;
 use skein_policy::model::{PodId, PolicyId};
 use tokio::sync::{mpsc, watch};
 
@@ -27,6 +28,9 @@ pub enum PolicyEvent {
     Upsert(PolicyObject),
     /// An object does not exist any more.
     Remove(ObjectId),
+    /// An object of a list exists, but its present version cannot be read: its last readable
+    /// version stays.
+    Retain(ObjectId),
     /// The list of a scope begins.
     ListStarted(Scope),
     /// The list of a scope is complete: objects of the scope that are not in the list do not exist.
@@ -100,6 +104,28 @@ pub enum PodScope {
     All,
 }
 
+impl PodScope {
+    /// Returns the scope in the form of the engine; `None` for the pods of this node.
+    pub(super) fn peers(&self) -> Option<engine::PodScope> {
+        match self {
+            Self::Local => None,
+            Self::Namespace(name) => Some(engine::PodScope::Namespace(name.clone())),
+            Self::Labelled(selector) => Some(engine::PodScope::Labelled(selector.clone())),
+            Self::All => Some(engine::PodScope::All),
+        }
+    }
+}
+
+impl From<engine::PodScope> for PodScope {
+    fn from(scope: engine::PodScope) -> Self {
+        match scope {
+            engine::PodScope::Namespace(name) => Self::Namespace(name),
+            engine::PodScope::Labelled(selector) => Self::Labelled(selector),
+            engine::PodScope::All => Self::All,
+        }
+    }
+}
+
 impl fmt::Display for Scope {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -155,3 +181,15 @@ impl PolicySink {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the policy service has ended")]
 pub struct ServiceEnded;
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// Returns a sink without a service, the events that it receives, and the sender of the needs.
+    pub(crate) fn sink() -> (PolicySink, mpsc::Receiver<PolicyEvent>, watch::Sender<Needs>) {
+        let (sender, events) = mpsc::channel(16);
+        let (needs_sender, needs) = watch::channel(Needs::default());
+        (PolicySink { events: sender, needs }, events, needs_sender)
+    }
+}

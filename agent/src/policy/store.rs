@@ -277,5 +277,6 @@ fn restore(content: Content<'_>, objects: &mut Objects) {
     }
     let scopes = content.scopes.into_iter();
     objects.scopes = scopes.map(|(scope, pods)| (scope.into_owned(), pods.into_owned())).collect();
+    objects.stored = objects.scopes.keys().cloned().collect();
     objects.restored = true;
 }

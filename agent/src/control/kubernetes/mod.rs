@@ -5,6 +5,7 @@ mod backoff;
 mod client;
 mod follow;
 mod own;
+mod policy;
 mod publish;
 mod ranges;
 pub mod resource;
@@ -53,6 +54,8 @@ impl Kubernetes {
     pub async fn start(agent: &AgentView, requests: Requests) -> Result<Self, Failure> {
         let (config, key) = (Arc::clone(&agent.config), agent.node.follow_key());
         let (mut kubernetes, client) = Self::connect(config, key, requests).await?;
+        let name = agent.config.name.clone();
+        kubernetes.tasks.spawn(policy::serve(client.clone(), name, agent.policy.clone()));
         let publish = publish::publish(agent.clone(), client, kubernetes.state.clone());
         kubernetes.tasks.spawn(publish);
         Ok(kubernetes)

@@ -122,6 +122,7 @@ fn snapshot(peers: u8) -> Arc<Snapshot> {
         local_cidrs: vec![],
         peers: (1..=peers).map(peer).collect(),
         addresses: vec![],
+        peer_addresses: Vec::new(),
         overlay: Default::default(),
         unreachable: Default::default(),
         unresolved: vec![],
