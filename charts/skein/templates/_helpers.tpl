@@ -221,6 +221,11 @@ notrack = false
 {{- end }}
 {{- end }}
 {{- end }}
+{{- if ne .Values.policy.mode "off" }}
+
+[policy]
+mode = {{ .Values.policy.mode | toJson }}
+{{- end }}
 
 [log]
 level = {{ .Values.log.level | toJson }}

@@ -1,6 +1,7 @@
 //! Tests of the Helm chart. Kubernetes' schemas and the agent accept the rendered objects. The
 //! chart refuses wrong values with a message. The descriptions of the values match the chart.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::process::Command;
 use std::time::Duration;
@@ -30,6 +31,7 @@ pub(super) const VARIANTS: [(&str, &[&str]); 6] = [
             "masquerade=false",
             "firewall.dropSpoofed=false,firewall.dropCleartext=false,firewall.dropTransit=false",
             "firewall.masqueradeForeign=false,firewall.notrack=false",
+            "policy.mode=audit",
             "endpointInterface=eth1",
             "notReadyTaint=null",
             "clusterId=a \"quoted\\, one\"",
@@ -241,6 +243,45 @@ fn pods_have_only_the_rights_that_they_need() -> Result<()> {
     ensure!(
         context["runAsNonRoot"] == true && context["capabilities"] == json!({ "drop": ["ALL"] })
     );
+    Ok(())
+}
+
+#[test]
+fn agents_read_pods_only_for_network_policies() -> Result<()> {
+    let readable = |settings: &[&str]| -> Result<BTreeSet<(String, String)>> {
+        let rules = object(&rendered(settings)?, "ClusterRole", "skein")?["rules"].clone();
+        let mut readable = BTreeSet::new();
+        let words = |list: &Value| -> Vec<String> {
+            let list = list.as_array().into_iter().flatten().filter_map(Value::as_str);
+            list.map(str::to_owned).collect()
+        };
+        for rule in rules.as_array().context("no rules")? {
+            let verbs = words(&rule["verbs"]);
+            ensure!(!verbs.iter().any(|verb| verb == "*"), "A rule allows all verbs: {rule:#}");
+            if verbs == ["list", "watch"] {
+                for group in words(&rule["apiGroups"]) {
+                    let resources = words(&rule["resources"]).into_iter();
+                    readable.extend(resources.map(|resource| (group.clone(), resource)));
+                }
+            }
+        }
+        Ok(readable)
+    };
+    ensure!(readable(&[])?.is_empty(), "The right to read pods is wider than needed.");
+    let expected = [
+        ("", "namespaces"),
+        ("", "pods"),
+        ("networking.k8s.io", "networkpolicies"),
+        ("policy.networking.k8s.io", "clusternetworkpolicies"),
+    ];
+    let expected = expected.map(|(group, resource)| (group.to_owned(), resource.to_owned()));
+    for mode in ["audit", "enforce"] {
+        let rights = readable(&[&format!("policy.mode={mode}")])?;
+        ensure!(
+            rights == BTreeSet::from(expected.clone()),
+            "{mode} gives other rights: {rights:?}"
+        );
+    }
     Ok(())
 }
 

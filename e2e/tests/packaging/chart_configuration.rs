@@ -87,6 +87,7 @@ fn values_reach_the_configuration() -> Result<()> {
         firewall.len() == 5 && firewall.values().all(|on| on == false),
         "A value differs: {small:#}"
     );
+    ensure!(small["policy"] == json!({ "mode": "audit" }), "A value differs: {small:#}");
     ensure!(small["log"] == json!({ "level": "skein_agent=debug,info", "format": "text" }));
     let cni = &parse(variant("plugins")?.1)?["cni"];
     // The bandwidth plugin accepts only integers.
@@ -181,6 +182,7 @@ fn default_configuration_has_no_key_of_later_releases() -> Result<()> {
         ("firewall.dropTransit=false", "firewall.drop_transit"),
         ("firewall.masqueradeForeign=false", "firewall.masquerade_foreign"),
         ("firewall.notrack=false", "firewall.notrack"),
+        ("policy.mode=enforce", "policy.mode"),
         ("metrics.hosts={a.example}", "metrics.hosts"),
         ("offload.udpEcn=false", "offload.udp_ecn"),
     ] {

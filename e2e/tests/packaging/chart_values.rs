@@ -26,6 +26,7 @@ fn wrong_value_is_refused_with_its_name() -> Result<()> {
         ("updateStrategy.maxsurge=1", "additional properties 'maxsurge' not allowed"),
         ("updateStrategy.maxSurge=-1", "at '/updateStrategy/maxSurge': minimum: got -1, want 0"),
         ("capabilities.agent={net-admin}", "at '/capabilities/agent/0'"),
+        ("policy.mode=on", "must be one of 'off', 'audit', 'enforce'"),
         ("log.format=xml", "must be one of 'text', 'json'"),
         ("privileged=1", "at '/privileged': got number, want boolean"),
         ("podCidr=10.999.0.0/16", "at '/podCidr': '10.999.0.0/16' does not match"),
