@@ -13,10 +13,9 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use super::counters::{self, Counters};
 use super::forward;
-use super::nft::FirewallError;
 use super::rules::Rules;
 use super::table::{Table, list};
-use crate::nftables::Monitor;
+use crate::nftables::{FirewallError, Monitor};
 
 /// Interval of the comparisons that no notification causes.
 const RESYNC_INTERVAL: Duration = Duration::from_secs(10);

@@ -314,17 +314,6 @@ impl Inventory {
         &self.accepted
     }
 
-    /// Returns the addresses of this node's pods, with their interfaces.
-    pub fn local_addresses(&self) -> HashMap<IpAddr, &str> {
-        let mut local = HashMap::new();
-        for (interface, pod) in &self.interfaces {
-            let addresses = self.pods.get(pod).into_iter().flat_map(|info| &info.addresses);
-            let owned = addresses.filter(|one| self.owner(**one).is_some_and(|(id, _)| id == pod));
-            local.extend(owned.map(|address| (*address, interface.as_str())));
-        }
-        local
-    }
-
     /// Returns a policy of either kind.
     pub fn policy(&self, id: &PolicyId) -> Option<&Arc<Policy>> {
         self.policies.get(id)
