@@ -94,12 +94,12 @@ fn survives<T: Serialize + DeserializeOwned + PartialEq>(value: &T) {
 
 #[cfg(all(test, feature = "kubernetes"))]
 #[allow(clippy::unwrap_used)]
-#[path = "../fuzz/near_corpus.rs"]
-mod near_corpus;
+#[path = "../fuzz/corpus_mutations.rs"]
+mod corpus_mutations;
 
 #[cfg(all(test, feature = "kubernetes"))]
 mod tests {
-    use super::near_corpus::run_near_corpus;
+    use super::corpus_mutations::run_corpus_and_mutations;
     use super::*;
 
     type Target = (&'static str, fn(&[u8]));
@@ -120,7 +120,7 @@ mod tests {
     #[test]
     fn fuzz_targets_accept_corpora_and_mutations() {
         for (target, run) in TARGETS {
-            run_near_corpus(target, run);
+            run_corpus_and_mutations(target, run);
         }
     }
 }

@@ -11,8 +11,8 @@ mod frames;
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-#[path = "../../fuzz/near_corpus.rs"]
-mod near_corpus;
+#[path = "../../fuzz/corpus_mutations.rs"]
+mod corpus_mutations;
 
 /// Reads messages between a keeper and its data process. A message that was read can be written and
 /// read again.
@@ -31,12 +31,12 @@ pub fn uevents(message: &[u8]) {
 
 #[cfg(test)]
 mod tests {
-    use super::near_corpus::run_near_corpus;
+    use super::corpus_mutations::run_corpus_and_mutations;
     use super::*;
 
     #[test]
-    fn inputs_near_the_corpus_fail_no_assertion() {
-        run_near_corpus("ipc_frames", ipc_frames);
-        run_near_corpus("uevents", uevents);
+    fn fuzz_targets_accept_corpora_and_mutations() {
+        run_corpus_and_mutations("ipc_frames", ipc_frames);
+        run_corpus_and_mutations("uevents", uevents);
     }
 }

@@ -8,8 +8,8 @@ mod frames;
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-#[path = "../../fuzz/near_corpus.rs"]
-mod near_corpus;
+#[path = "../../fuzz/corpus_mutations.rs"]
+mod corpus_mutations;
 
 /// Reads messages of every kind.
 pub fn ipc_frames(data: &[u8]) {
@@ -20,11 +20,11 @@ pub fn ipc_frames(data: &[u8]) {
 
 #[cfg(test)]
 mod tests {
-    use super::near_corpus::run_near_corpus;
+    use super::corpus_mutations::run_corpus_and_mutations;
     use super::*;
 
     #[test]
-    fn inputs_near_the_corpus_fail_no_assertion() {
-        run_near_corpus("ipc_frames", ipc_frames);
+    fn fuzz_targets_accept_corpora_and_mutations() {
+        run_corpus_and_mutations("ipc_frames", ipc_frames);
     }
 }

@@ -6,8 +6,8 @@ use crate::nftables::monitor;
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-#[path = "../../fuzz/near_corpus.rs"]
-mod near_corpus;
+#[path = "../../fuzz/corpus_mutations.rs"]
+mod corpus_mutations;
 
 /// Reads the output of `nft -j` for arbitrary rules.
 pub fn firewall_rules(data: &[u8]) {
@@ -24,12 +24,12 @@ pub fn netlink_messages(data: &[u8]) {
 
 #[cfg(test)]
 mod tests {
-    use super::near_corpus::run_near_corpus;
+    use super::corpus_mutations::run_corpus_and_mutations;
     use super::*;
 
     #[test]
-    fn inputs_near_the_corpus_fail_no_assertion() {
-        run_near_corpus("firewall_rules", firewall_rules);
-        run_near_corpus("netlink_messages", netlink_messages);
+    fn fuzz_targets_accept_corpora_and_mutations() {
+        run_corpus_and_mutations("firewall_rules", firewall_rules);
+        run_corpus_and_mutations("netlink_messages", netlink_messages);
     }
 }

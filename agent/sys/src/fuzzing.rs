@@ -2,8 +2,8 @@
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-#[path = "../../fuzz/near_corpus.rs"]
-mod near_corpus;
+#[path = "../../fuzz/corpus_mutations.rs"]
+mod corpus_mutations;
 
 /// Reads the kernel's answer about a link.
 pub fn link_answers(data: &[u8]) {
@@ -12,11 +12,11 @@ pub fn link_answers(data: &[u8]) {
 
 #[cfg(test)]
 mod tests {
-    use super::near_corpus::run_near_corpus;
+    use super::corpus_mutations::run_corpus_and_mutations;
     use super::*;
 
     #[test]
-    fn inputs_near_the_corpus_fail_no_assertion() {
-        run_near_corpus("link_answers", link_answers);
+    fn fuzz_targets_accept_corpora_and_mutations() {
+        run_corpus_and_mutations("link_answers", link_answers);
     }
 }

@@ -1,15 +1,15 @@
-//! Runs fuzz targets near their stored corpus in ordinary tests. The tests of each crate include
-//! this file by its path.
+//! Runs fuzz targets with their stored corpora and with mutations of these inputs in ordinary
+//! tests. The tests of each crate include this file by its path.
 
 use std::path::{Path, PathBuf};
 
 #[path = "../core/src/fuzzing/vary.rs"]
 mod vary;
 
-/// Runs a target over each seed of its corpus: whole, cut at any byte, with any byte changed, and
-/// over variations of the seeds (5000, or as many as the environment variable SKEIN_VARIATIONS
-/// has).
-pub(crate) fn run_near_corpus(target: &str, run: fn(&[u8])) {
+/// Runs a target with each seed of its corpus, with every truncation of the seed, and with single
+/// changed bytes. Then it runs the target with 5000 variations of the seeds; the environment
+/// variable SKEIN_VARIATIONS sets another number.
+pub(crate) fn run_corpus_and_mutations(target: &str, run: fn(&[u8])) {
     let variations = std::env::var("SKEIN_VARIATIONS").ok().map(|count| count.parse().unwrap());
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let corpora = [root.join("fuzz/corpus"), root.join("../fuzz/corpus")];
