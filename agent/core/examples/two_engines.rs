@@ -122,7 +122,7 @@ impl Node {
         Ok(true)
     }
 
-    /// Opens a data datagram, or gives another datagram to the engine.
+    /// Opens a data datagram. The engine handles datagrams of every other type.
     fn receive(
         &mut self,
         now: Time,

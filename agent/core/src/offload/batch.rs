@@ -18,7 +18,7 @@ use crate::tunnel::session::Session;
 use crate::wire::ecn::Ecn;
 use crate::wire::header::{Flags, OVERHEAD};
 
-/// Arena bytes that a 64 KiB superpacket takes after segmentation for an MTU of 1500 and sealing.
+/// Arena bytes of a 64 KiB superpacket that has been segmented (MTU 1500) and sealed.
 const FULL_SUPERPACKET: usize = 70 << 10;
 
 /// Index of a peer in the batch, valid until [`EgressBatch::clear`].
@@ -68,8 +68,11 @@ struct PeerEntry {
     staged_packets: u16,
     /// Header fields of every packet in the open bundle.
     staged_fields: OuterFields,
-    sealed_packets: u64,
-    sealed_bytes: u64,
+    /// Inner packets pushed since the last [`EgressBatch::finish`]. Packets that are still staged
+    /// or that could not be sealed are included.
+    pushed_packets: u64,
+    /// Sum of the IP lengths of these packets in bytes.
+    pushed_bytes: u64,
 }
 
 /// Fields of the outer headers that all packets of a datagram share.
@@ -129,8 +132,8 @@ impl EgressBatch {
                 staged: Vec::new(),
                 staged_packets: 0,
                 staged_fields: OuterFields { flags: Flags::default(), ecn: Ecn::NotEct },
-                sealed_packets: 0,
-                sealed_bytes: 0,
+                pushed_packets: 0,
+                pushed_bytes: 0,
             });
         }
         let entry = &mut self.peers[index];
@@ -186,8 +189,8 @@ impl EgressBatch {
         self.totals.inner_packets += 1;
         self.totals.inner_bytes += packet.len() as u64;
         let entry = &mut self.peers[peer.0];
-        entry.sealed_packets += 1;
-        entry.sealed_bytes += packet.len() as u64;
+        entry.pushed_packets += 1;
+        entry.pushed_bytes += packet.len() as u64;
         // RFC 6040, section 4.1: normal mode, or compatibility mode for a peer that would ignore
         // the marks.
         let ecn = if entry.ecn { Ecn::of(packet) } else { Ecn::NotEct };
@@ -213,10 +216,10 @@ impl EgressBatch {
             self.close_bundle(BatchPeer(index), drops);
             let entry = &mut self.peers[index];
             if let Some(session) = &entry.session {
-                session.traffic().add_sent(entry.sealed_packets, entry.sealed_bytes);
+                session.traffic().add_sent(entry.pushed_packets, entry.pushed_bytes);
             }
-            entry.sealed_packets = 0;
-            entry.sealed_bytes = 0;
+            entry.pushed_packets = 0;
+            entry.pushed_bytes = 0;
         }
         self.batches.finish();
     }
@@ -231,7 +234,8 @@ impl EgressBatch {
         &self.arena[..self.used]
     }
 
-    /// Returns the number of inner packets in each datagram.
+    /// Returns the fill of each sealed datagram, in the order of sealing: the number of inner
+    /// packets that the datagram contains.
     pub fn fill(&self) -> &[u16] {
         &self.fill
     }

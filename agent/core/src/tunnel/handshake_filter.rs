@@ -1,5 +1,5 @@
-//! Check of handshake messages that needs no engine, so that a lane refuses what the engine would
-//! refuse without a public-key operation.
+//! Filter for handshake messages. A lane applies the filter before a message reaches the engine:
+//! the layout and mac1 can be checked without the engine and without a public-key operation.
 
 use std::sync::Arc;
 
@@ -8,8 +8,8 @@ use crate::tunnel::cookie::MacKeys;
 use crate::tunnel::message::{CookieReply, Initiation, Mac1Input, Response};
 use crate::wire::header::{Header, MessageType};
 
-/// Layouts of handshake messages and mac1 of this node's identities. The default has no identity
-/// and refuses every initiation and response.
+/// Filter that checks the layout of handshake messages and their mac1. It has the mac1 keys of this
+/// node's identities. The default filter has no identity and refuses every initiation and response.
 #[derive(Clone, Default)]
 pub struct HandshakeFilter(Vec<Arc<MacKeys>>);
 

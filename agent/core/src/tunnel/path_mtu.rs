@@ -1,22 +1,24 @@
 //! Packetization-layer path MTU discovery (RFC 8899) with padded pings. Sizes are plaintext bytes.
 //! ICMP messages are ignored.
 //!
-//! Every size is assumed to pass until [`MAX_PROBES`] padded pings of that size get no answer while
-//! short pings, sent at the same time, do. The number is [`MAX_PROBES_AT_BASE`] for a size that is
+//! Every size is assumed to pass at first. A padded ping that gets no answer is repeated, together
+//! with a short ping. The size counts as too large after [`MAX_PROBES`] answers to short pings
+//! without an answer to any padded ping. The number is [`MAX_PROBES_AT_BASE`] for a size that is
 //! not larger than the size in use and not larger than [`BASE_PLPMTU`]. A failure that concerns
-//! short pings, too, such as a flapping link, says nothing about sizes. After a size has failed,
-//! [`BASE_PLPMTU`] is used at once, and a binary search finds the largest size that passes. The
-//! size in use is confirmed every [`CONFIRMATION_TIMER`]; a larger size is tried every
-//! [`PMTU_RAISE_TIMER`].
+//! short pings, too, such as a flapping link, says nothing about sizes.
+//!
+//! After a size has failed, [`BASE_PLPMTU`] is used at once, and a binary search finds the largest
+//! size that passes. The size in use is confirmed every [`CONFIRMATION_TIMER`]; a larger size is
+//! tried every [`PMTU_RAISE_TIMER`].
 
 use std::time::Duration;
 
 use crate::tunnel::timers::{CONFIRMATION_TIMER, PMTU_RAISE_TIMER, PROBE_TIMEOUT, PROBE_TIMER};
 use crate::wire::ip::{MIN_IPV4_MTU, MIN_IPV6_MTU};
 
-/// Number of answered short pings, each sent with an unanswered padded ping, after which a size
-/// counts as too large (MAX_PROBES of RFC 8899, section 5.1.2): more than chance explains at 10 %
-/// loss.
+/// Number of answered short pings after which a size counts as too large, if none of the padded
+/// pings was answered (MAX_PROBES of RFC 8899, section 5.1.2). On a path that loses 10 % of the
+/// datagrams of every size, chance does not explain this result.
 const MAX_PROBES: usize = 5;
 /// Replaces [`MAX_PROBES`] for a size that is not larger than the size in use and not larger than
 /// [`BASE_PLPMTU`]. IPv6 does not work below 1280 bytes, so that a receive buffer that is full for
@@ -135,7 +137,7 @@ impl PathMtu {
         Some(probe.size)
     }
 
-    /// Records a short ping that is sent with the padded one.
+    /// Stores the number of a short ping that is sent together with the padded ping.
     pub(crate) fn on_reference_sent(&mut self, id: u64) {
         if let Some(probe) = &mut self.probe {
             probe.reference_ids.push(id);
@@ -218,7 +220,8 @@ impl PathMtu {
         self.largest_acked = 0;
         if self.plpmtu < self.max_plpmtu {
             if self.raise_at <= now {
-                // The first search has just ended, so that its result needs no repetition.
+                // `raise_at` is zero at the end of the first search: only the next attempt is
+                // scheduled. Later, the failed size is forgotten, so that larger sizes are tried.
                 let is_due = self.raise_at > Duration::ZERO;
                 self.raise_at = now + PMTU_RAISE_TIMER;
                 if is_due {

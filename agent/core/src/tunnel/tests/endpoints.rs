@@ -20,7 +20,8 @@ impl Lab {
         sent.map(|datagram| datagram.payload[0]).collect()
     }
 
-    fn only_initiations(&self, node: usize, to: SocketAddr) -> usize {
+    /// Asserts that `node` has sent only initiations to an address. Returns their number.
+    fn assert_only_initiations(&self, node: usize, to: SocketAddr) -> usize {
         let sent = self.sent_to(node, to);
         assert!(sent.iter().all(|kind| *kind == MessageType::Initiation as u8), "{sent:?}");
         sent.len()
@@ -33,12 +34,12 @@ fn data_goes_only_to_addresses_that_answered() {
     let victim = address("203.0.113.7:51900");
     lab.record_at(0, 1, vec![victim]);
     lab.introduce(1, 0);
-    // The owner of a stolen node starts a session from the node's own address, so that other nodes
-    // send to the address in its record.
+    // An attacker controls node 1 and has written the victim's address into the record of node 1.
+    // The session starts from node 1's real address. Node 0 must not send data to the victim.
     lab.flow(1, 0, ms(20));
     lab.flow(0, 1, ms(5));
     lab.run(secs(200));
-    let handshakes = lab.only_initiations(0, victim);
+    let handshakes = lab.assert_only_initiations(0, victim);
     assert!((10..60).contains(&handshakes), "{handshakes} handshakes in 200 s");
     assert!(lab.current(0, 1).is_some(), "There must be a session nevertheless.");
     assert_eq!(lab.view(0, 1).endpoint, None);
@@ -68,7 +69,7 @@ fn address_of_stolen_node_is_left_within_180_seconds() {
     }
     let later = lab.trace.split_off(sent);
     lab.trace = later;
-    assert!(lab.only_initiations(0, before) > 3);
+    assert!(lab.assert_only_initiations(0, before) > 3);
 }
 
 #[test]
@@ -84,7 +85,7 @@ fn changed_record_moves_data_without_loss() {
         lab.record_at(0, 1, vec![new]);
         lab.run(delay * 2 - ms(1));
         assert_eq!(
-            lab.only_initiations(0, new),
+            lab.assert_only_initiations(0, new),
             1,
             "Only the handshake may be sent before its answer."
         );
@@ -141,7 +142,7 @@ fn current_address_stays_until_session_ends() {
     let later = &lab.sent_to(0, old)[sent..];
     assert!(later.iter().all(|kind| *kind <= 3), "Only handshakes may be sent there: {later:?}");
     assert!(
-        lab.only_initiations(0, nowhere) > 30,
+        lab.assert_only_initiations(0, nowhere) > 30,
         "Handshakes with the new address must be repeated."
     );
     // From now on a node answers at the new address.
