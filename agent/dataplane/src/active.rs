@@ -128,7 +128,7 @@ impl Active {
     /// Applies `snapshot` and changes only what differs. Returns what the keeper must receive.
     ///
     /// # Errors
-    /// [`SetupError::Fixed`] if a setting differs that only a restart can change.
+    /// [`SetupError::Fixed`] if `snapshot` changes a setting that only a restart can change.
     /// [`SetupError::Invalid`] if prefixes or keys of peers conflict. A TUN error if the lanes
     /// cannot be attached to a new device. The settings that failed keep their previous values.
     pub(super) fn apply(

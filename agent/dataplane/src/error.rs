@@ -13,9 +13,10 @@ pub(super) enum SetupError {
     /// The request is inconsistent in itself or with the active settings.
     #[error("{0}")]
     Invalid(String),
-    /// A setting differs that only a restart of the data process can change.
+    /// The request changes a setting that only a restart of the data process can change.
     #[error(
-        "settings differ that are fixed while the data process runs. Restart the data process."
+        "some of the changed settings cannot be applied while the data process runs. Restart the \
+         data process."
     )]
     Fixed,
     /// The TUN device or one of its queues cannot be used.

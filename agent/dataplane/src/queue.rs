@@ -71,14 +71,17 @@ pub(super) enum ToManager {
 #[derive(Debug, Clone)]
 pub(super) struct ToManagerQueue {
     queue: SyncSender<ToManager>,
+    /// Number of queued messages in each share.
     waiting: Arc<[AtomicUsize; MESSAGE_TYPES]>,
 }
 
-/// Permit of one queued message from the underlay; drop frees its place in the share.
+/// Permit of one queued message from the underlay. Drop frees the place of the message in its
+/// share.
 #[derive(Debug)]
 pub(super) struct QueuePermit {
     waiting: Arc<[AtomicUsize; MESSAGE_TYPES]>,
-    of: usize,
+    /// Index of the share in `waiting`.
+    share: usize,
 }
 
 /// Creates a queue.
@@ -131,15 +134,15 @@ impl ToManagerQueue {
         }
     }
 
-    fn acquire(&self, of: usize) -> Result<QueuePermit, DropReason> {
-        let before = self.waiting[of].fetch_add(1, Ordering::Relaxed);
+    fn acquire(&self, share: usize) -> Result<QueuePermit, DropReason> {
+        let before = self.waiting[share].fetch_add(1, Ordering::Relaxed);
         // If the share is exceeded, dropping the permit undoes the increment.
-        let permit = QueuePermit { waiting: Arc::clone(&self.waiting), of };
+        let permit = QueuePermit { waiting: Arc::clone(&self.waiting), share };
         if before < MAX_QUEUED_PER_TYPE { Ok(permit) } else { Err(DropReason::ManagerQueue) }
     }
 }
 
-/// Returns the share of the queue that messages of this type have.
+/// Returns the index of the share for messages of this type.
 fn share(kind: MessageType) -> usize {
     match kind {
         MessageType::Initiation => 0,
@@ -151,7 +154,7 @@ fn share(kind: MessageType) -> usize {
 
 impl Drop for QueuePermit {
     fn drop(&mut self) {
-        self.waiting[self.of].fetch_sub(1, Ordering::Relaxed);
+        self.waiting[self.share].fetch_sub(1, Ordering::Relaxed);
     }
 }
 

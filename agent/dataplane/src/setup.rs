@@ -97,7 +97,7 @@ impl Running {
         if !(1..=64).contains(&node.lanes) {
             return Err(SetupError::Invalid(format!("lanes is {}, expected 1 to 64", node.lanes)));
         }
-        let addresses = bind_addresses(&node.underlay.addresses)?;
+        let addresses = validated_addresses(&node.underlay.addresses)?;
         let lanes = usize::from(node.lanes);
         let OpenQueues { queues, offload, mut fallbacks } = handles.open_queues(node)?;
         let options = UdpOptions {
@@ -226,8 +226,9 @@ impl Running {
         Ok(())
     }
 
-    /// Returns the description of the state for the next process, and the descriptors that follow
-    /// the snapshot and the session store.
+    /// Returns the description of the state for the next process, and the descriptors of the queues
+    /// and sockets. The keeper receives these descriptors after those of the snapshot and of the
+    /// session store, in one message.
     pub(super) fn hand_over_state(&self, node: &NodeSettings) -> (HandOver, Vec<BorrowedFd<'_>>) {
         let state = HandOver {
             version: HANDOVER_VERSION,
@@ -247,9 +248,9 @@ impl Running {
         self.lanes.clear();
     }
 
-    /// Disables reports of the ECN field. The next process may belong to an earlier release, whose
-    /// buffer for control messages is too small for them. A process of this release enables them
-    /// again.
+    /// Disables reports of the ECN field, which the kernel passes as ancillary data of recvmsg(2).
+    /// The next process may belong to an earlier release, whose buffer for ancillary data is too
+    /// small for these reports. A process of this release enables the reports again.
     pub(super) fn stop_ecn_reports(&self) {
         let sockets = self.copies.get(self.lane_count..).unwrap_or_default();
         let per_family = 2 * self.lane_count + 1;
@@ -370,11 +371,12 @@ fn aes_in_hardware() -> bool {
     false
 }
 
-/// Checks the configured addresses: at least one, and at most one per address family.
+/// Returns the configured underlay addresses, after a check that there is at least one address, and
+/// at most one per address family.
 ///
 /// # Errors
-/// [`SetupError::Invalid`] with the address that is one too many.
-fn bind_addresses(configured: &[IpAddr]) -> Result<Vec<IpAddr>, SetupError> {
+/// [`SetupError::Invalid`] if there is no address, or with the second address of a family.
+fn validated_addresses(configured: &[IpAddr]) -> Result<Vec<IpAddr>, SetupError> {
     for (index, address) in configured.iter().enumerate() {
         if configured[..index].iter().any(|other| other.is_ipv4() == address.is_ipv4()) {
             return Err(SetupError::Invalid(format!(
@@ -410,7 +412,8 @@ fn allowed(settings: OffloadSettings) -> TunOffload {
 }
 
 /// Returns the superpackets that may be written to a TUN device whose reading side has `offload`.
-/// Both directions use the same offloads, so that `forced off` applies to both.
+/// Both directions use the same offloads, so that an offload that the configuration disables
+/// (state `forced off`) is disabled in both.
 fn coalesce(offload: TunOffload) -> CoalesceConfig {
     CoalesceConfig { tcp: offload.tso, udp: offload.uso, partial_checksum: offload.checksum }
 }
@@ -434,10 +437,11 @@ mod tests {
 
     #[test]
     fn second_address_of_a_family_is_refused() {
-        assert!(bind_addresses(&[]).is_err());
-        assert!(bind_addresses(&[[192, 0, 2, 1].into(), [192, 0, 2, 2].into()]).is_err());
+        assert!(validated_addresses(&[]).is_err());
+        assert!(validated_addresses(&[[192, 0, 2, 1].into(), [192, 0, 2, 2].into()]).is_err());
         assert!(
-            bind_addresses(&[[192, 0, 2, 1].into(), std::net::Ipv6Addr::LOCALHOST.into()]).is_ok()
+            validated_addresses(&[[192, 0, 2, 1].into(), std::net::Ipv6Addr::LOCALHOST.into()])
+                .is_ok()
         );
     }
 }

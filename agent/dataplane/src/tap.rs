@@ -57,7 +57,8 @@ pub(super) struct PacketRef<'a> {
     pub(super) outer: Option<SocketAddr>,
     /// Content of the packet.
     pub(super) bytes: Bytes<'a>,
-    /// Number of packets that the entry represents.
+    /// Number of packets: more than 1 if several packets were dropped together, for example a
+    /// superpacket that the TUN device refused.
     pub(super) packets: u64,
 }
 

@@ -53,7 +53,8 @@ pub struct CapturedPacket {
     /// True if `bytes` begin with an inner IP header, false if they are the payload of an outer
     /// datagram.
     pub inner: bool,
-    /// Number of packets that this entry represents.
+    /// Number of packets: more than 1 if several packets were dropped together, for example a
+    /// superpacket that the TUN device refused.
     pub packets: u64,
     /// Length of the whole packet in bytes.
     pub length: u32,

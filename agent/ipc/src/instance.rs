@@ -1,4 +1,5 @@
-//! The directory of an instance: one agent and one data plane of possibly several on a node.
+//! The directory of an instance. An instance is one agent with one data plane. A node can have
+//! several instances.
 //!
 //! Two pods of one node share the node's network and `/run/skein`. Each pod has a directory of its
 //! own for two sockets: the agent answers probes at one, and requests the data plane from its

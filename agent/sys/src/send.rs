@@ -293,21 +293,21 @@ struct PartCursor {
 }
 
 impl PartCursor {
-    /// Calls `piece` with offset in the arena and length of each piece of the batch's bytes
-    /// `start..start + len`.
+    /// Calls `handle` for each contiguous piece of the bytes `start..start + len` of the batch. The
+    /// arguments of `handle` are the offset of the piece in the arena and its length in bytes.
     fn for_each_piece(
         &mut self,
         parts: &[(usize, usize)],
         start: usize,
         len: usize,
-        mut piece: impl FnMut(usize, usize),
+        mut handle: impl FnMut(usize, usize),
     ) {
         let end = start + len;
         while let Some(&(offset, part_len)) = parts.get(self.part) {
             let part_end = self.part_start + part_len;
             let (from, to) = (start.max(self.part_start), end.min(part_end));
             if from < to {
-                piece(offset + (from - self.part_start), to - from);
+                handle(offset + (from - self.part_start), to - from);
             }
             if part_end > end {
                 return;

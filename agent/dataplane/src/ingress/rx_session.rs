@@ -14,8 +14,9 @@ use skein_core::wire::header::{CONTROL_LANE, Header};
 /// needs fewer than 16 per second.
 pub(super) const CONTROL_RATE: Rate = Rate { per_second: 64, burst: 64 };
 
-/// Receive state of one lane for a session. Only this lane uses the windows, because the steering
-/// of datagrams assigns each peer and lane number to one lane.
+/// Receive state of one lane of this node for a session. There is a replay window for each lane of
+/// the peer. All datagrams from one lane of the peer are steered to the same lane of this node, so
+/// that no other lane needs the window.
 pub(super) struct RxSession {
     pub(super) session: Arc<Session>,
     windows: Vec<Option<Box<ReplayWindow>>>,
@@ -26,8 +27,8 @@ pub(super) struct RxSession {
 }
 
 impl RxSession {
-    /// Creates the state without replay windows; a window is allocated for the first datagram of a
-    /// lane.
+    /// Creates the state without replay windows. A window is allocated when the first datagram from
+    /// a lane of the peer arrives.
     pub(super) fn new(session: &Arc<Session>) -> Self {
         Self {
             session: Arc::clone(session),
@@ -39,11 +40,11 @@ impl RxSession {
         }
     }
 
-    /// Decrypts a data datagram in place, checks its counter against the replay window of its lane,
-    /// and confirms the session. `now` is the time since boot.
+    /// Decrypts a data datagram in place, checks its counter against the replay window of the
+    /// peer's lane, and confirms the session. `now` is the time since boot.
     ///
     /// # Errors
-    /// The reason of the drop: the lane does not exist, the session is 180 s old, the datagram is
+    /// The reason of the drop: the peer has no such lane, the session is 180 s old, the datagram is
     /// not authentic, or its counter was received before.
     #[inline]
     pub(super) fn open_data(
@@ -85,10 +86,10 @@ impl RxSession {
     }
 }
 
-/// Returns the receiving half of a lane of the session. `now` is the time since boot.
+/// Returns the receiving half of a lane of the peer. `now` is the time since boot.
 ///
 /// # Errors
-/// [`DropReason::WrongLane`] if the lane does not exist, [`DropReason::SessionExpired`] if the
+/// [`DropReason::WrongLane`] if the peer has no such lane, [`DropReason::SessionExpired`] if the
 /// session is 180 s old.
 pub(super) fn receiver(
     session: &Session,
