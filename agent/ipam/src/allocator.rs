@@ -144,7 +144,8 @@ impl AddressAllocator {
         }
     }
 
-    /// Returns whether addresses of this family are allocated.
+    /// Returns whether this address family has pools. Each allocation takes one address of every
+    /// family that has pools.
     pub(super) fn has_pools(&self) -> bool {
         !self.pools.is_empty()
     }

@@ -133,7 +133,8 @@ impl From<redb::Error> for StoreError {
     }
 }
 
-macro_rules! from_parts_of_the_database {
+/// Implements `From` for the error types of redb's operations, by way of [`redb::Error`].
+macro_rules! impl_from_database_errors {
     ($($error:ty),*) => {$(
         impl From<$error> for StoreError {
             fn from(error: $error) -> Self {
@@ -142,7 +143,7 @@ macro_rules! from_parts_of_the_database {
         }
     )*};
 }
-from_parts_of_the_database!(
+impl_from_database_errors!(
     redb::CommitError,
     redb::DatabaseError,
     redb::StorageError,

@@ -18,7 +18,8 @@ pub(super) use self::database::Contents;
 pub(super) use self::database::{builder, initialize};
 pub(super) use self::file::{Opener, move_aside, opener, prepare};
 
-/// The database; closed after a failure.
+/// The database. Every failed operation closes the database, because the content of the file is not
+/// known afterwards; [`Store::open`] reads the content again.
 pub(super) struct Store {
     opener: Opener,
     database: Option<Database>,
@@ -36,7 +37,8 @@ impl Store {
         Self { opener, database: None }
     }
 
-    /// Returns whether the last write is known to be on disk.
+    /// Returns whether the database is open. An open database contains all earlier writes, because
+    /// a failed write closes the database.
     pub(super) fn is_open(&self) -> bool {
         self.database.is_some()
     }
@@ -71,7 +73,7 @@ impl Store {
         self.with(|database| write(database, change_set))
     }
 
-    /// Writes the amount of data of a lease, and removes it in the same transaction.
+    /// Writes and removes data in one transaction, to find out whether a lease could be written.
     ///
     /// # Errors
     /// [`StoreError`] if the transaction fails; the store is closed then.

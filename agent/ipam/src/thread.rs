@@ -19,7 +19,8 @@ use super::state::{Request, State, Usage};
 /// block nor panic. It is dropped without a call if the thread ends before the operation.
 pub type Reply<T> = Box<dyn FnOnce(Result<T, IpamError>) + Send>;
 
-/// Maximum number of operations in one transaction, which a failure affects together.
+/// Maximum number of operations in one transaction. If the transaction fails, all of its operations
+/// fail.
 const MAX_BATCH: usize = 1024;
 
 /// Handle of the thread. The thread ends after the last handle is dropped and all queued operations
@@ -33,12 +34,13 @@ pub struct IpamHandle {
 /// function reports the outcome after the transaction.
 type Write = Box<dyn FnOnce(Result<(&mut State, &mut ChangeSet), IpamError>) -> Answer + Send>;
 type Answer = Box<dyn FnOnce(Result<(), IpamError>)>;
-type ReadJob = Box<dyn FnOnce(&mut Ipam) + Send>;
+/// Job that is not part of a transaction.
+type IpamJob = Box<dyn FnOnce(&mut Ipam) + Send>;
 
 enum Job {
-    Pools(ReadJob),
+    Pools(IpamJob),
     Write(Write),
-    Read(ReadJob),
+    Read(IpamJob),
 }
 
 impl IpamHandle {

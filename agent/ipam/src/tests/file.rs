@@ -8,8 +8,9 @@ use std::time::Instant;
 use super::*;
 
 const POOL: &str = "10.1.0.0/16";
-/// Environment variable with the directory of a child process.
-const FILE_VARIABLE: &str = "SKEIN_TEST_LEASES";
+/// Environment variable with the path that a child process gets: the file of leases, or a directory
+/// for the file.
+const PATH_VARIABLE: &str = "SKEIN_TEST_LEASES";
 
 fn open(path: &Path) -> Ipam {
     let Opened { mut ipam, damaged } = Ipam::open(path).unwrap();
@@ -22,12 +23,13 @@ fn mode(path: &Path) -> u32 {
     std::fs::metadata(path).unwrap().permissions().mode() & 0o777
 }
 
-/// Returns a command that runs an ignored test of this file.
+/// Returns a command that runs an ignored test of this module in a child process. The child gets
+/// `path` in [`PATH_VARIABLE`].
 fn child(test: &str, path: &Path) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", "--ignored", "--nocapture", "--test-threads=1"]);
     command.arg(format!("tests::file::{test}"));
-    command.env(FILE_VARIABLE, path).stdin(Stdio::null()).stdout(Stdio::piped());
+    command.env(PATH_VARIABLE, path).stdin(Stdio::null()).stdout(Stdio::piped());
     command
 }
 
@@ -126,7 +128,7 @@ fn damaged_file_is_moved_aside() {
 #[test]
 #[ignore = "part of another test"]
 fn busy() {
-    let mut ipam = open(Path::new(&std::env::var_os(FILE_VARIABLE).unwrap()));
+    let mut ipam = open(Path::new(&std::env::var_os(PATH_VARIABLE).unwrap()));
     let mut out = std::io::stdout().lock();
     let mut tell = |text: String| {
         writeln!(out, "\n{text}").unwrap();
@@ -217,7 +219,7 @@ fn leases_survive_a_kill_at_any_time() {
 #[ignore = "part of another test"]
 fn full() {
     use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
-    let directory = PathBuf::from(std::env::var_os(FILE_VARIABLE).unwrap());
+    let directory = PathBuf::from(std::env::var_os(PATH_VARIABLE).unwrap());
     // The mount namespace belongs to this process and ends with it.
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
     mount("tmpfs", &directory, "tmpfs", MountFlags::empty(), c"size=1m").unwrap();
@@ -260,7 +262,7 @@ fn full_file_system_is_reported() {
     let inner = child("full", directory.path());
     let mut command = Command::new("unshare");
     command.args(["--mount", "--"]).arg(inner.get_program()).args(inner.get_args());
-    command.env(FILE_VARIABLE, directory.path());
+    command.env(PATH_VARIABLE, directory.path());
     let output = command.output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     let errors = String::from_utf8_lossy(&output.stderr);

@@ -66,7 +66,8 @@ impl Model {
         self.leases.insert(who, (host, namespace));
     }
 
-    fn pools(&mut self, which: u8, reserved: u8) -> (Vec<IpNet>, Vec<IpAddr>) {
+    /// Sets the pools and the reserved address of the model. Returns both for [`Ipam::set_pools`].
+    fn set_pools(&mut self, which: u8, reserved: u8) -> (Vec<IpNet>, Vec<IpAddr>) {
         let pools = match which {
             0 => vec![],
             1 => cidrs(&["10.0.0.0/29"]),
@@ -101,7 +102,7 @@ fn run(steps: Vec<Step>) {
     let disk = Disk::new();
     let mut ipam = Some(disk.open().unwrap());
     let (mut model, mut now) = (Model::default(), 0);
-    let (mut pools, mut reserved) = model.pools(3, 1);
+    let (mut pools, mut reserved) = model.set_pools(3, 1);
     ipam.as_mut().unwrap().set_pools(&pools, &reserved);
     for step in steps {
         if let Step::Reopen = step {
@@ -114,7 +115,7 @@ fn run(steps: Vec<Step>) {
             Step::Reopen => {}
             Step::Wait { seconds } => now += seconds,
             Step::Pools { which, reserved: host } => {
-                (pools, reserved) = model.pools(which, host);
+                (pools, reserved) = model.set_pools(which, host);
                 ipam.set_pools(&pools, &reserved);
             }
             Step::Release { who } => {
