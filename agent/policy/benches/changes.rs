@@ -41,7 +41,8 @@ fn pod(number: usize, version: usize) -> Pod {
     .unwrap()
 }
 
-/// A policy that allows another application of the namespace, and one of a labelled namespace.
+/// A policy that allows connections from an application of the same namespace, and to an
+/// application of the namespaces with a label.
 fn policy(number: usize, version: usize) -> NetworkPolicy {
     let app = |number: usize| format!("app-{}", number % 200);
     serde_json::from_value(json!({
@@ -88,7 +89,8 @@ fn engine() -> Engine {
     engine
 }
 
-/// A pod elsewhere changes an irrelevant and a relevant label in turn.
+/// Each iteration changes two labels of a pod: `version`, which no policy selects, and `app`, which
+/// policies select. The argument says whether the pod runs on this node.
 #[divan::bench(args = ["remote", "local"])]
 fn label_of_a_pod_changes(bencher: Bencher<'_, '_>, which: &str) {
     let mut engine = engine();

@@ -8,7 +8,7 @@ use crate::model::Direction;
 use crate::program::{Attribution, Chain, Element, Family, InterfaceMap, Match, Program, Verdict};
 use crate::ranges::AddressRange;
 
-/// A packet in the original direction of a connection, behind destination NAT.
+/// A packet in the original direction of a connection, as it is after destination NAT.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Packet {
     /// Input interface, if it belongs to a pod of this node.
@@ -17,7 +17,7 @@ pub struct Packet {
     pub output: Option<String>,
     /// Source address of the connection.
     pub source: IpAddr,
-    /// Destination address behind destination NAT.
+    /// Destination address after destination NAT.
     pub destination: IpAddr,
     /// Protocol and destination port; `None` for protocols without ports.
     pub transport: Option<(Protocol, u16)>,
@@ -32,8 +32,9 @@ pub struct Judgement<'a> {
     pub attribution: Option<&'a Attribution>,
 }
 
-/// Returns the verdict of a direction for a forwarded packet. A packet that enters (egress) or
-/// leaves (ingress) by another interface than a pod's is accepted.
+/// Returns the verdict of a direction for a forwarded packet. The verdict of [`Direction::Egress`]
+/// depends on the packet's input interface, that of [`Direction::Ingress`] on the output interface.
+/// If this interface belongs to no pod of this node, the packet is accepted.
 pub fn judge_forwarded<'a>(
     program: &'a Program,
     direction: Direction,

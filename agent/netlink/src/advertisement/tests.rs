@@ -30,9 +30,9 @@ fn accept_ra(name: &str) -> String {
 #[test]
 fn only_interfaces_with_learned_routes_accept_advertisements() {
     in_namespace(|| async {
-        let off =
+        let before =
             [("uplink", "1"), ("bridge", "1"), ("manual", "0"), ("default", "1"), ("all", "1")];
-        let netlink = with_learned_route(&off).await;
+        let netlink = with_learned_route(&before).await;
         configured(&netlink, &wanted()).await;
         let expected =
             [("uplink", "2"), ("bridge", "1"), ("manual", "0"), ("default", "1"), ("all", "1")];
@@ -41,7 +41,7 @@ fn only_interfaces_with_learned_routes_accept_advertisements() {
         }
         assert_eq!(accept_ra("sk-test"), "0");
         ip("link add dev later type bridge");
-        assert_eq!(accept_ra("later"), "1", "A later interface ignores advertisements.");
+        assert_eq!(accept_ra("later"), "1", "A later interface must keep the value 1.");
     });
 }
 
@@ -51,7 +51,10 @@ fn settings_of_earlier_versions_are_restored() {
         let earlier =
             [("uplink", "2"), ("bridge", "2"), ("manual", "0"), ("default", "2"), ("all", "2")];
         let netlink = with_learned_route(&earlier).await;
-        assert!(netlink.restore_accept_ra().await.unwrap().is_empty(), "No router yet.");
+        assert!(
+            netlink.restore_accept_ra().await.unwrap().is_empty(),
+            "The host does not forward."
+        );
         std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap();
         let changed = netlink.restore_accept_ra().await.unwrap();
         assert_eq!(changed, ["all", "default", "bridge"]);

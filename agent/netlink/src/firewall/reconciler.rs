@@ -17,7 +17,7 @@ use super::rules::Rules;
 use super::table::{Table, list};
 use crate::nftables::{FirewallError, Monitor};
 
-/// Interval of the comparisons that no notification causes.
+/// Interval of the periodic comparisons, in addition to those after notifications.
 const RESYNC_INTERVAL: Duration = Duration::from_secs(10);
 /// Maximum number of comparisons within [`PACE_WINDOW`] that notifications cause, so that a program
 /// that keeps changing the table does not keep a CPU busy.
@@ -188,7 +188,8 @@ struct Reconciler {
     table: Table,
     rules: watch::Receiver<(u64, Rules)>,
     state: watch::Sender<State>,
-    /// True if rules of an earlier configuration may remain in chains of other programs.
+    /// True if accept rules of an earlier configuration may remain in chains of other programs. At
+    /// the start, this is assumed if the configuration needs no accept rules.
     forward_unknown: bool,
     /// Messages that were logged already.
     reported: Vec<String>,

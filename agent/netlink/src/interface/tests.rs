@@ -168,9 +168,9 @@ fn foreign_interface_is_refused_and_unchanged() {
             }
             let before = ip("-details link show sk-test");
             let error = ensure_device(&wanted, &netlink).await.unwrap_err();
-            let ours = alias == Some("skein:node-2");
-            assert_eq!(matches!(error, InterfaceError::OtherNode { .. }), ours, "{error}");
-            assert_eq!(matches!(error, InterfaceError::Foreign { .. }), !ours, "{error}");
+            let of_skein = alias == Some("skein:node-2");
+            assert_eq!(matches!(error, InterfaceError::OtherNode { .. }), of_skein, "{error}");
+            assert_eq!(matches!(error, InterfaceError::Foreign { .. }), !of_skein, "{error}");
             assert!(error.to_string().contains("interface.name"), "{error}");
             assert_eq!(ip("-details link show sk-test"), before);
             ip("link del sk-test");

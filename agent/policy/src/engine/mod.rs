@@ -33,11 +33,13 @@ pub struct Engine {
     inventory: Inventory,
     families: Families,
     program: Program,
-    /// Values of changed objects at the last call of [`Engine::take_difference`].
+    /// Earlier values of the parts of `program` that have changed since the last call of
+    /// [`Engine::take_difference`].
     record: Record,
-    /// Policies by the terms of their subjects.
+    /// Policies by subject, the [`PodTerm`](crate::model::PodTerm) that selects the pods to which a
+    /// policy applies.
     subjects: TermIndex<PolicyId>,
-    /// Names of the program's sets, by the terms that select their pods.
+    /// Names of the program's sets of pods and of named ports, by the terms that select the pods.
     members: TermIndex<String>,
     /// Names of the sets that contain a named port of all pods, not only of the pods that a term
     /// selects.
@@ -46,7 +48,7 @@ pub struct Engine {
     profiles: HashMap<ProfileKey, (Profile, usize)>,
     /// Profile of each interface and direction; `None` in quarantine.
     assigned: BTreeMap<(String, Direction), Option<ProfileKey>>,
-    /// Number of profiles that use each object, by the name of the object.
+    /// Number of profiles that use each set, counter, chain and port map, by its name.
     uses: HashMap<String, usize>,
     /// Scopes of pods that have been reported completely; `None` if all pods have been.
     complete: Option<BTreeSet<PodScope>>,
@@ -242,7 +244,8 @@ impl Engine {
         }
     }
 
-    /// Returns the elements for these addresses in sets that pods are members of.
+    /// Returns the elements that the pods with these addresses contribute to sets, each with the
+    /// name of its set. Elements with other addresses of these pods are left out.
     fn contributions(&self, addresses: &BTreeSet<IpAddr>) -> BTreeSet<(String, Element)> {
         let mut found = BTreeSet::new();
         let owners = addresses.iter().filter_map(|address| self.inventory.owner(*address));
@@ -340,7 +343,8 @@ impl Engine {
         if self.assigned.get(&place) == Some(&key) {
             return;
         }
-        // The new profile is added first, so that objects of both profiles stay.
+        // The new profile is added first, so that sets, counters, chains and port maps that both
+        // profiles use stay in the program.
         let verdicts = match &key {
             Some(key) => self.retain(key),
             None => (quarantine().entry, None),

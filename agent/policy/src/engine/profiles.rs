@@ -1,4 +1,4 @@
-//! Profiles in use and the objects that they share.
+//! Profiles in use, and the sets, counters, chains and port maps that profiles share.
 
 use std::collections::BTreeSet;
 
@@ -8,8 +8,8 @@ use crate::program::{Set, SetKey, Verdict};
 use super::Engine;
 
 impl Engine {
-    /// Counts a user of a profile and returns the verdicts for the interface maps. The first user
-    /// adds the profile's objects to the program.
+    /// Adds a user to a profile and returns the profile's verdicts for the interface maps. The
+    /// first user adds the profile's sets, counters, chains and port maps to the program.
     pub(super) fn retain(&mut self, key: &ProfileKey) -> (Verdict, Option<Verdict>) {
         if let Some((profile, users)) = self.profiles.get_mut(key) {
             *users += 1;
@@ -41,7 +41,8 @@ impl Engine {
         verdicts
     }
 
-    /// Ends a use of a profile. The last user removes the objects that no other profile uses.
+    /// Removes a user from a profile. The last user removes the sets, counters, chains and port
+    /// maps that no other profile uses.
     pub(super) fn release(&mut self, key: &ProfileKey) {
         let Some((_, users)) = self.profiles.get_mut(key) else { return };
         *users -= 1;

@@ -1,4 +1,4 @@
-//! Record of the values that objects had before a change.
+//! Record of the values that parts of the program had before a change.
 
 use std::collections::BTreeMap;
 
@@ -7,15 +7,18 @@ use crate::program::{
     Attribution, Chain, Changes, Difference, Element, PortMap, Program, Set, Verdict, change,
 };
 
-/// Values of changed objects before the first change.
+/// Values of the changed parts of the program before the first change.
 #[derive(Debug, Default)]
 pub(super) struct Record {
     pub(super) sets: Before<Set>,
     pub(super) counters: Before<Attribution>,
     pub(super) chains: Before<Chain>,
     pub(super) port_maps: Before<PortMap>,
+    /// Verdicts for forwarded packets from pods, by input interface.
     from: Before<Verdict>,
+    /// Verdicts for forwarded packets to pods, by output interface.
     to: Before<Verdict>,
+    /// Verdicts for packets from pods to this node, by input interface.
     to_node: Before<Verdict>,
     /// Presence of elements, by set.
     elements: BTreeMap<String, BTreeMap<Element, bool>>,
@@ -70,8 +73,8 @@ impl Record {
         }
     }
 
-    /// Sets or removes the verdicts of an interface: for forwarded packets and, outgoing, for
-    /// packets to this node.
+    /// Sets or removes the verdicts of an interface. The first verdict concerns forwarded packets.
+    /// The second one exists only for [`Direction::Egress`] and concerns packets to this node.
     pub(super) fn assign(
         &mut self,
         program: &mut Program,

@@ -1,8 +1,9 @@
 //! The intermediate form: what the kernel's table contains, independent of its syntax.
 //!
-//! A [`Program`] has verdict maps from interfaces to profile chains, the chains, and the sets that
-//! the chains refer to. Chains and port maps never change: their names are digests of their
-//! content. Sets change when pods come, go or change their labels.
+//! A [`Program`] has verdict maps from interfaces to chains, the chains, and the sets that the
+//! chains refer to. Pods to which the same policies apply share their chains, which form a profile.
+//! Chains and port maps never change: their names are digests of their content. Sets change when
+//! pods come, go or change their labels.
 
 mod attribution;
 mod chain;
