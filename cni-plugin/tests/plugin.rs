@@ -255,7 +255,8 @@ fn result_of_previous_plugins_is_kept() {
     assert_eq!(result["routes"][0], previous["routes"][0]);
     assert_eq!(result["dns"], previous["dns"]);
     let broken = json!({ "prevResult": { "interfaces": 5 } });
-    // No agent listens, which would be another code: the plugin fails before it sends a request.
+    // The plugin must refuse the broken result before it sends a request. No agent listens now, so
+    // that a request would fail with another code than 6.
     let output = lab.run("ADD", Some(&namespace.path()), &lab.configuration("1.0.0", broken));
     assert_eq!(code(&output), 6);
 }

@@ -1,4 +1,4 @@
-//! Input of the nftables table: prefixes of pods, and networks of this node.
+//! Input for the rules of the nftables table: prefixes of pods, and networks of this node.
 
 use std::collections::BTreeSet;
 
@@ -48,8 +48,8 @@ pub(super) fn firewall_rules(
     }
 }
 
-/// Returns the prefixes of this node's addresses, without Skein's interface, the pods' and
-/// link-local addresses.
+/// Returns the prefixes of this node's addresses, in ascending order. Addresses of Skein's
+/// interface and of interfaces to pods are left out, and so are link-local addresses.
 pub(super) fn networks(links: &[Link], addresses: &[Address], config: &Config) -> Vec<IpNet> {
     let is_ours = |name: &str| name == config.interface.name || name.starts_with(HOST_PREFIX);
     let ours: BTreeSet<_> =

@@ -106,7 +106,7 @@ pub async fn run(
     let mut signals = Signals::install().context("cannot install signal handlers")?;
     let takes_over = start.takes_over();
     let readiness = Readiness::default();
-    // This guard is held until the parts have guards of their own.
+    // This guard is held until the controller and the supervisor block readiness themselves.
     let starting = readiness.block("the agent is starting");
     let probes = start.instance.as_ref();
     let probes = probes.map(|own| instance::answer_probes(own, readiness.clone())).transpose()?;
@@ -150,12 +150,13 @@ pub async fn run(
 
     let socket = config.control.socket.clone();
     let work = async {
-        // The data plane of the other instance may refuse this agent's settings.
+        // After a take-over, the data process of the other instance may still serve the data plane.
+        // It may refuse this agent's settings, so wait for the data plane of this instance.
         if let Some(dataplane) = dataplane.as_mut().filter(|_| taken_over) {
             dataplane.granted().await;
         }
         let stored = Stored::read(&config);
-        refuse_kept_prefixes(&config, stored.as_ref()).await?;
+        add_stored_unreachable_routes(&config, stored.as_ref()).await?;
         let source = tokio::select! {
             source = first_records(&agent, requests, &starting, stored.as_ref()) => source?,
             () = signals.terminated() => return Ok(()),
@@ -202,10 +203,14 @@ async fn retry_until_free<T>(
     }
 }
 
-/// Adds the unreachable routes of an earlier process. After a boot, only these routes keep traffic
-/// to pods off the underlay while the agent waits for the records. The first start with a state
-/// directory adds no routes here, so that a refused configuration leaves no route.
-async fn refuse_kept_prefixes(config: &Config, stored: Option<&Stored>) -> Result<(), Failure> {
+/// Adds the unreachable routes that follow from the stored records of an earlier process. After a
+/// boot, only these routes keep traffic to pods off the underlay while the agent waits for the
+/// records. Without stored records, which is the case at an agent's first start, this function adds
+/// no route, so that a refused configuration leaves no route.
+async fn add_stored_unreachable_routes(
+    config: &Config,
+    stored: Option<&Stored>,
+) -> Result<(), Failure> {
     let kept = stored.and_then(|stored| stored.unreachable_prefixes(config));
     let Some(kept) = kept else { return Ok(()) };
     let netlink = Netlink::connect().map_err(netlink_failure)?;

@@ -45,8 +45,8 @@ impl RecordSource {
         }
     }
 
-    /// Returns the name of this node's record in the source if the agent writes it itself; `None`
-    /// for files.
+    /// Returns the path under which this node's own record appears in the source, if the agent
+    /// writes the record; `None` for files.
     pub fn own_record(&self, node: &str) -> Option<PathBuf> {
         match self {
             RecordSource::Path(_) => None,

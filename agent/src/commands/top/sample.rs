@@ -1,4 +1,4 @@
-//! Rates and mean batch sizes between two samples of the agent's status.
+//! Rates and mean batch sizes between two readings of the agent's status.
 
 use std::time::Duration;
 
@@ -9,10 +9,12 @@ use skein_ipc::{DirectionReport, HistogramReport, LaneReport, PeerState, Report,
 use crate::commands::peers::Rates;
 use crate::status::Document;
 
+/// State of the data plane at the second of two readings, with the rates since the first one.
 #[derive(Debug, Serialize)]
 pub(super) struct Sample {
     pub(super) node: String,
     pub(super) ready: bool,
+    /// Time between the two readings.
     pub(super) seconds: f64,
     pub(super) uptime_seconds: f64,
     /// Outgoing traffic, sum of all lanes.

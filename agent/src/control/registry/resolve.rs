@@ -26,8 +26,9 @@ pub(super) struct LocalNode {
     pub(super) pod_cidrs: Option<Vec<IpNet>>,
     /// Prefixes that contain the pod CIDRs of all nodes; empty for no restriction.
     pub(super) cluster_cidrs: Vec<IpNet>,
-    /// Name of this node's record if the agent writes it itself (Kubernetes). This record wins over
-    /// any other record. `None` if an operator writes it to a file.
+    /// Path under which this node's own record appears among the files, if the agent writes the
+    /// record to the Kubernetes API. This record wins over any other record. `None` if the records
+    /// are files that an operator writes.
     pub(super) record: Option<PathBuf>,
 }
 
@@ -80,13 +81,13 @@ fn own_error(own: &LocalNode, records: &[NodeRecord]) -> Option<String> {
             own.name
         ));
     }
-    outside(own, record)
+    range_error(own, record)
 }
 
-/// Returns the reason to refuse a record with addresses outside the node's bounds. A stolen node
-/// must not attract traffic to addresses outside the cluster. An endpoint must not lie in a pod
-/// prefix, because an unreachable route would cut the node off from it.
-fn outside(own: &LocalNode, record: &NodeRecord) -> Option<String> {
+/// Returns the reason to refuse a record because of `cluster_cidrs`. The pod CIDRs must lie inside
+/// these prefixes, because a stolen node must not attract traffic to other addresses. The endpoints
+/// must lie outside, because an unreachable route would cut this node off from the endpoint.
+fn range_error(own: &LocalNode, record: &NodeRecord) -> Option<String> {
     let NodeRecord { name, pod_cidrs, endpoints, .. } = record;
     if let Err(error) = check_inside(pod_cidrs, &own.cluster_cidrs) {
         return Some(format!("node {name}: pod_cidrs: {error}"));
@@ -97,8 +98,8 @@ fn outside(own: &LocalNode, record: &NodeRecord) -> Option<String> {
 
 /// Returns the reason to refuse the records of a file regardless of other files.
 fn refusal_reason(own: &LocalNode, records: &[NodeRecord]) -> Option<String> {
-    let outside = || records.iter().find_map(|record| outside(own, record));
-    own_error(own, records).or_else(outside)
+    let in_ranges = || records.iter().find_map(|record| range_error(own, record));
+    own_error(own, records).or_else(in_ranges)
 }
 
 /// Decision about all files of records.
@@ -130,16 +131,16 @@ struct Candidate<'a> {
 /// announcement are read together, for example after a time without the API server, the record of
 /// the claiming node may win.
 ///
-/// `standing` are the prefixes of this node by the active records. They stay this node's own while
-/// its record is missing, so that no other record can claim them.
+/// `active_cidrs` are the pod CIDRs that this node has according to the active records. While this
+/// node's record is missing, no other record can claim them.
 pub(super) fn resolve_conflicts(
     own: &LocalNode,
-    standing: &[IpNet],
+    active_cidrs: &[IpNet],
     last_good: &Accepted,
     files: ParsedRecords,
 ) -> Resolution {
-    let standing = (!standing.is_empty()).then_some(standing);
-    let configured = own.pod_cidrs.as_deref().or(standing).map(|pod_cidrs| NodeRecord {
+    let active_cidrs = (!active_cidrs.is_empty()).then_some(active_cidrs);
+    let configured = own.pod_cidrs.as_deref().or(active_cidrs).map(|pod_cidrs| NodeRecord {
         name: own.name.clone(),
         public_key: own.keys.first,
         second_public_key: own.keys.second,
@@ -237,7 +238,7 @@ impl<'a> Resolver<'a> {
         }
     }
 
-    /// Records the error of a file, unless the file has an error already. Returns the last good
+    /// Stores the error of a file, unless the file has an error already. Returns the last good
     /// version if `candidate` is new.
     fn reject(
         &mut self,
@@ -253,9 +254,9 @@ impl<'a> Resolver<'a> {
 
     fn update_configured(&mut self) {
         let Some(configured) = self.configured else { return };
-        let stands = self.own.pod_cidrs.is_some() || self.own_records == 0;
+        let is_needed = self.own.pod_cidrs.is_some() || self.own_records == 0;
         self.conflicts.remove(None, 0);
-        if stands {
+        if is_needed {
             self.conflicts.insert(None, 0, configured);
         }
     }

@@ -46,7 +46,7 @@ fn own_record_in_kubernetes_wins() {
 /// Returns the same decision by comparing all records again after each refusal.
 fn reference(
     own: &LocalNode,
-    standing: &[IpNet],
+    active_cidrs: &[IpNet],
     last_good: &Accepted,
     files: &ParsedRecords,
 ) -> (Accepted, BTreeMap<PathBuf, ()>) {
@@ -64,7 +64,7 @@ fn reference(
             }
         }
     }
-    while let Some(loser) = loser(own, standing, last_good, &candidates) {
+    while let Some(loser) = loser(own, active_cidrs, last_good, &candidates) {
         let (_, changed) = candidates.remove(loser).unwrap();
         if let Some(good) = last_good.get(loser).filter(|_| changed) {
             candidates.insert(loser, (good, false));
@@ -77,7 +77,7 @@ fn reference(
 
 fn loser<'a>(
     own: &LocalNode,
-    standing: &[IpNet],
+    active_cidrs: &[IpNet],
     last_good: &Accepted,
     candidates: &BTreeMap<&'a PathBuf, (&[NodeRecord], bool)>,
 ) -> Option<&'a PathBuf> {
@@ -89,8 +89,8 @@ fn loser<'a>(
     }
     let mut records = candidates.values().flat_map(|(records, _)| records.iter());
     let recorded = records.any(|record| record.name == own.name);
-    let standing = (!recorded && !standing.is_empty()).then_some(standing);
-    let configured = own.pod_cidrs.as_deref().or(standing).map(|pod_cidrs| NodeRecord {
+    let active_cidrs = (!recorded && !active_cidrs.is_empty()).then_some(active_cidrs);
+    let configured = own.pod_cidrs.as_deref().or(active_cidrs).map(|pod_cidrs| NodeRecord {
         name: own.name.clone(),
         public_key: own.keys.first,
         second_public_key: own.keys.second,
@@ -98,9 +98,9 @@ fn loser<'a>(
         pod_cidrs: pod_cidrs.to_vec(),
         overlay_addresses: Vec::new(),
     });
-    let stands = |record: &NodeRecord| configured.is_some() && record.name == own.name;
+    let is_configured = |record: &NodeRecord| configured.is_some() && record.name == own.name;
     let records = candidates.iter().flat_map(|(path, (records, _))| {
-        let records = records.iter().filter(|record| !stands(record));
+        let records = records.iter().filter(|record| !is_configured(record));
         records.map(move |record| (Some(*path), record))
     });
     let (a, b, key) = first_conflict(configured.iter().map(|c| (None, c)).chain(records))?;
@@ -175,13 +175,15 @@ proptest! {
     #[test]
     fn outcome_equals_that_of_the_reference(
         own in own(),
-        stands in any::<bool>(),
+        has_active_cidrs in any::<bool>(),
         last_good in accepted(),
         files in files(),
     ) {
-        let standing: Vec<IpNet> = stands.then(|| "10.1.0.0/24".parse().unwrap()).into_iter().collect();
-        let expected = reference(&own, &standing, &last_good, &files);
-        let Resolution { accepted, rejected } = resolve_conflicts(&own, &standing, &last_good, files);
+        let active_cidrs = has_active_cidrs.then(|| "10.1.0.0/24".parse::<IpNet>().unwrap());
+        let active_cidrs: Vec<_> = active_cidrs.into_iter().collect();
+        let expected = reference(&own, &active_cidrs, &last_good, &files);
+        let Resolution { accepted, rejected } =
+            resolve_conflicts(&own, &active_cidrs, &last_good, files);
         let rejected = rejected.into_keys().map(|path| (path, ())).collect();
         prop_assert_eq!((accepted, rejected), expected);
     }
