@@ -31,7 +31,7 @@ const MAX_READS: usize = 64;
 /// tiny segments fills several.
 const MAX_FULL_BATCHES: usize = 2;
 /// Maximum number of GSO batches in one call of the sender.
-const MAX_RUNS: usize = 64;
+const MAX_GSO_BATCHES: usize = 64;
 /// Maximum time that a batch waits for room in a socket's send buffer. A device that accepts
 /// nothing for that time would delay packets to other destinations.
 pub(super) const SEND_TIMEOUT: Duration = Duration::from_millis(100);
@@ -60,9 +60,9 @@ pub(super) struct Egress {
 struct SendCursor {
     /// Index of the socket that has no room.
     socket: usize,
-    /// GSO batches of the socket's family that are completely sent or dropped.
-    runs: usize,
-    /// Datagrams of the next GSO batch that are sent or dropped.
+    /// Number of GSO batches of the socket's family that are completely sent or dropped.
+    gso_batches: usize,
+    /// Number of datagrams of the next GSO batch that are sent or dropped.
     segment: usize,
     /// Time since which no datagram was sent.
     since: Instant,
@@ -70,7 +70,8 @@ struct SendCursor {
 
 impl SendCursor {
     fn is_at(&self, other: &Self) -> bool {
-        (self.socket, self.runs, self.segment) == (other.socket, other.runs, other.segment)
+        (self.socket, self.gso_batches, self.segment)
+            == (other.socket, other.gso_batches, other.segment)
     }
 }
 
@@ -175,7 +176,7 @@ impl Egress {
         // SA is being negotiated). Drop the rest of its GSO batch and continue with the next one.
         let refused = |now: &mut SendCursor| writable && now.is_at(&before);
         if let Some(refused) = self.unsent.take_if(refused) {
-            self.skip_run(lane, refused);
+            self.skip_gso_batch(lane, refused);
         }
         let late = |unsent: &mut SendCursor| lane.now() - unsent.since >= SEND_TIMEOUT;
         if let Some(unsent) = self.unsent.take_if(late) {
@@ -295,7 +296,7 @@ impl Egress {
             self.batch.clear();
         } else {
             self.batch.finish(&mut self.drops);
-            let from = SendCursor { socket: 0, runs: 0, segment: 0, since: lane.now() };
+            let from = SendCursor { socket: 0, gso_batches: 0, segment: 0, since: lane.now() };
             self.transmit(lane, from);
         }
         lane.stats.drops.collect(&mut self.drops);
@@ -306,24 +307,33 @@ impl Egress {
     fn transmit(&mut self, lane: &LaneContext, from: SendCursor) {
         let mut at = from;
         while let Some(socket) = lane.send_sockets.get(at.socket) {
-            let mut runs = [GsoBatch::EMPTY; MAX_RUNS];
+            let mut batches = [GsoBatch::EMPTY; MAX_GSO_BATCHES];
             let mut count = 0;
-            for run in runs_of_family(&self.batch, socket.v4).skip(at.runs).take(MAX_RUNS) {
-                runs[count] = run;
+            for batch in gso_batches_of_family(&self.batch, socket.v4)
+                .skip(at.gso_batches)
+                .take(MAX_GSO_BATCHES)
+            {
+                batches[count] = batch;
                 count += 1;
             }
             if count == 0 {
-                at = SendCursor { socket: at.socket + 1, runs: 0, segment: 0, since: lane.now() };
+                at = SendCursor {
+                    socket: at.socket + 1,
+                    gso_batches: 0,
+                    segment: 0,
+                    since: lane.now(),
+                };
                 continue;
             }
             let from = Position { batch: 0, segment: at.segment };
-            let request = SendRequest { arena: self.batch.arena(), batches: &runs[..count], from };
+            let request =
+                SendRequest { arena: self.batch.arena(), batches: &batches[..count], from };
             let (gso, now) = (&mut self.gso, lane.now());
             let before = lane.tap.wants_drops().then(|| self.drops.clone());
             let outcome =
                 self.sender.send(socket.socket.as_fd(), &request, gso, &mut self.drops, now);
             if let Some(before) = before {
-                report_unsent(lane, &before, &self.drops, &runs[..count]);
+                report_unsent(lane, &before, &self.drops, &batches[..count]);
             }
             lane.stats.count_sent(&outcome, &self.sender);
             if let Some(datagram) = outcome.too_long {
@@ -332,23 +342,33 @@ impl Egress {
             lane.stats.note_gso_off(&self.gso, now, outcome.fallbacks > 0);
             let since = if outcome.datagrams > 0 { now } else { at.since };
             match outcome.blocked {
-                Some(Position { batch: run, segment }) => {
-                    self.unsent = Some(SendCursor { runs: at.runs + run, segment, since, ..at });
+                Some(Position { batch, segment }) => {
+                    self.unsent = Some(SendCursor {
+                        gso_batches: at.gso_batches + batch,
+                        segment,
+                        since,
+                        ..at
+                    });
                     return;
                 }
-                None => at = SendCursor { runs: at.runs + count, segment: 0, since, ..at },
+                None => {
+                    at = SendCursor { gso_batches: at.gso_batches + count, segment: 0, since, ..at }
+                }
             }
         }
         self.finish(lane);
     }
 
     /// Drops the rest of the GSO batch at `at` and continues with the next one.
-    fn skip_run(&mut self, lane: &LaneContext, at: SendCursor) {
+    fn skip_gso_batch(&mut self, lane: &LaneContext, at: SendCursor) {
         let Some(socket) = lane.send_sockets.get(at.socket) else { return self.finish(lane) };
-        let run = runs_of_family(&self.batch, socket.v4).nth(at.runs);
-        let left = run.map_or(0, |run| run.segments.saturating_sub(at.segment));
+        let batch = gso_batches_of_family(&self.batch, socket.v4).nth(at.gso_batches);
+        let left = batch.map_or(0, |batch| batch.segments.saturating_sub(at.segment));
         self.drops.add_many(DropReason::SendNoBuffer, left as u64);
-        self.transmit(lane, SendCursor { runs: at.runs + 1, segment: 0, since: lane.now(), ..at });
+        self.transmit(
+            lane,
+            SendCursor { gso_batches: at.gso_batches + 1, segment: 0, since: lane.now(), ..at },
+        );
     }
 
     /// Publishes the counts of the batch and clears it.
@@ -368,9 +388,11 @@ impl Egress {
         let mut left = 0;
         for (index, socket) in lane.send_sockets.iter().enumerate().skip(from.socket) {
             let (done, part) =
-                if index == from.socket { (from.runs, from.segment) } else { (0, 0) };
-            let segments: usize =
-                runs_of_family(&self.batch, socket.v4).skip(done).map(|run| run.segments).sum();
+                if index == from.socket { (from.gso_batches, from.segment) } else { (0, 0) };
+            let segments: usize = gso_batches_of_family(&self.batch, socket.v4)
+                .skip(done)
+                .map(|batch| batch.segments)
+                .sum();
             left += segments.saturating_sub(part) as u64;
         }
         left
@@ -378,16 +400,21 @@ impl Egress {
 }
 
 /// Returns the GSO batches of one address family.
-fn runs_of_family(batch: &EgressBatch, v4: bool) -> impl Iterator<Item = GsoBatch<'_>> {
-    batch.gso_batches().filter(move |run| run.destination.is_ipv4() == v4)
+fn gso_batches_of_family(batch: &EgressBatch, v4: bool) -> impl Iterator<Item = GsoBatch<'_>> {
+    batch.gso_batches().filter(move |batch| batch.destination.is_ipv4() == v4)
 }
 
 /// Reports drops of a send to the tap. The sender's counters do not name the GSO batch, so the
 /// destination is reported only if all GSO batches have the same destination.
 #[cold]
-fn report_unsent(lane: &LaneContext, before: &DropCounts, now: &DropCounts, runs: &[GsoBatch<'_>]) {
-    let destination = runs.first().map(|run| run.destination);
-    let outer = destination.filter(|one| runs.iter().all(|run| run.destination == *one));
+fn report_unsent(
+    lane: &LaneContext,
+    before: &DropCounts,
+    now: &DropCounts,
+    batches: &[GsoBatch<'_>],
+) {
+    let destination = batches.first().map(|batch| batch.destination);
+    let outer = destination.filter(|one| batches.iter().all(|batch| batch.destination == *one));
     for (reason, packets) in now.iter() {
         let packets = packets - before.get(reason);
         if packets > 0 {
