@@ -2,11 +2,11 @@
 //! quota) before it blocks, because a wake-up of an idle CPU costs several times the processing of
 //! a small packet, and a request with its answer needs four wake-ups in the data plane.
 //!
-//! The thread yields between two polls, so that other threads of a busy CPU run. A lane polls only
-//! after a wait that a packet ended within the limit, and stops after [`MAX_IDLE_POLLS`] polling
-//! periods in a row without a packet. It also stops for [`CONTENTION_PAUSE`] after a yield of more
-//! than [`MAX_YIELD_TIME`]: a blocked thread gets the CPU when a packet wakes it, but a thread that
-//! has yielded waits for the other thread's time slice to end.
+//! The thread yields between two polls, so that other threads of a busy CPU run. A lane starts to
+//! poll when a packet ends a blocked wait within the limit, and stops after [`MAX_IDLE_POLLS`]
+//! polling periods in a row without a packet. It also stops for [`CONTENTION_PAUSE`] after a yield
+//! of more than [`MAX_YIELD_TIME`]: a blocked thread gets the CPU when a packet wakes it, but a
+//! thread that has yielded waits for the other thread's time slice to end.
 
 use std::fs;
 use std::io;
@@ -21,7 +21,7 @@ use super::stats::{LaneStats, add};
 /// Polling limit if the configuration has none. It is longer than a pod needs to answer a small
 /// request, and little longer than the wake-up that it saves.
 const DEFAULT_LIMIT: Duration = Duration::from_micros(50);
-/// Polling periods in a row without a packet, after which the next wait blocks at once.
+/// Maximum number of polling periods in a row without a packet. The next wait then blocks at once.
 const MAX_IDLE_POLLS: u8 = 8;
 
 /// Returns the polling limit if the configuration has none: 50 µs, or 0 if a CPU quota (cgroup v2
@@ -68,8 +68,8 @@ impl BusyPoll {
         Self { limit, credit: 0, paused_until: None }
     }
 
-    /// Waits as [`Poller::wait`] does, after a polling period if earlier ones found packets.
-    /// Returns the tokens of the ready descriptors.
+    /// Waits as [`Poller::wait`] does. A polling period precedes the wait while `credit` is above
+    /// 0. Returns the tokens of the ready descriptors.
     ///
     /// # Errors
     /// The error of epoll_wait(2).

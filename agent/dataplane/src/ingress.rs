@@ -35,8 +35,8 @@ const MAX_CONTROL_LEN: usize = 9216;
 /// Messages per recvmmsg(2), each of up to 64 KiB.
 const MAX_MESSAGES: usize = 16;
 
-/// Receiving half of a lane. It owns the replay windows of its sessions; the steering of datagrams
-/// assigns each peer and lane number to one lane.
+/// Receiving half of a lane. It owns the replay windows of its sessions: all datagrams from one
+/// lane of a peer are steered to the same lane of this node.
 pub(super) struct Ingress {
     receive: RecvBatch,
     coalescer: Coalescer,
@@ -296,7 +296,7 @@ impl Ingress {
     ) -> Result<(), DropReason> {
         let datagram = &mut self.receive.arena_mut()[range];
         if header.kind != MessageType::Control {
-            // Checked before mac1, because it costs less.
+            // The room is checked before mac1, because this check costs less.
             lane.manager.check_room(header.kind)?;
             tables.handshakes.check(header, datagram)?;
             return lane.manager.try_enqueue(header.kind, source, &*datagram);
@@ -379,8 +379,8 @@ impl Ingress {
     }
 }
 
-/// Returns the reason to drop a packet of `peer`: its source is not the peer's, or its destination
-/// is not this node's. `None` if both are.
+/// Returns the reason to drop a packet of `peer`: the peer does not own the source address, or this
+/// node does not own the destination address. `None` if both addresses are valid.
 #[inline]
 fn find_foreign_address(tables: &Tables, peer: PeerId, ip: &IpHeader) -> Option<DropReason> {
     if tables.routes.lookup(ip.source) != Some(Owner::Peer(peer)) {

@@ -34,7 +34,7 @@ const WAKE_TOKEN: u32 = 0;
 const TUN_TOKEN: u32 = 1;
 const SEND_TOKEN: u32 = 2;
 const FIRST_SOCKET_TOKEN: u32 = 3;
-/// Full batches received before the sending half runs again.
+/// Maximum number of full batches received before the sending half runs again.
 const MAX_RECEIVES: usize = 4;
 /// Interval at which a lane with pending packets checks for sessions.
 const PENDING_INTERVAL: Duration = Duration::from_millis(250);

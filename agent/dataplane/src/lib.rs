@@ -1,6 +1,6 @@
-//! Data process of a node: lanes move packets, and a session manager keeps their sessions. It uses
-//! plain threads. The control process configures it over a unix socket; traffic continues while the
-//! control process is absent.
+//! Data process of a node: lanes move packets, and a session manager maintains the sessions. The
+//! data process uses plain threads. The control process configures the data process over a unix
+//! socket; traffic continues while the control process is absent.
 //!
 //! A keeper process ([`run`]) starts the data process ([`work`]) and holds copies of its
 //! descriptors, so that the next data process continues with the same sockets and sessions.

@@ -1,5 +1,6 @@
-//! Session manager: one thread that owns the protocol engine. Lanes send it handshakes and control
-//! messages, and it publishes new tables for them. The packet path never waits for the manager.
+//! Session manager: one thread that owns the protocol engine. Lanes pass handshake and control
+//! messages to the manager, and the manager publishes new tables for the lanes. The packet path
+//! never waits for the manager.
 
 use std::ops::ControlFlow;
 use std::os::fd::AsFd;
@@ -28,7 +29,7 @@ use super::setup::{ProcessHandles, Running};
 use super::tap::Tap;
 use super::vm_generation::{ClockWatch, Uevents};
 
-/// Interval at which replaced tables are checked for lanes that still use them.
+/// Interval at which the manager checks whether lanes still use replaced tables.
 const RETIRED_TABLES_INTERVAL: Duration = Duration::from_millis(100);
 /// Interval at which the wall clock is compared with the boot clock.
 const CLOCK_INTERVAL: Duration = Duration::from_secs(1);

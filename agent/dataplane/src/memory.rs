@@ -78,7 +78,8 @@ impl MemfdStore {
     }
 
     /// Opens the store of an earlier process, which must not run any more. Returns its sessions,
-    /// each in its next epoch, and frees the records of sessions without one.
+    /// each in its next epoch. Frees the record of a session if the session has no next epoch, or
+    /// if the record is not valid.
     ///
     /// # Errors
     /// The kernel's error if the memfd cannot be mapped; `InvalidData` if its layout is unknown.

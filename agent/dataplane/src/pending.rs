@@ -13,7 +13,7 @@ const MAX_PACKETS: usize = 64;
 const MAX_PEER_BYTES: usize = 128 << 10;
 /// Maximum size of pending packets for all peers of a lane, bytes.
 const MAX_BYTES: usize = 1 << 20;
-/// Age after which a packet is dropped, because its sender has repeated it by then.
+/// Age at which a packet is dropped, because the sender has sent the data again by then.
 const MAX_AGE: Duration = Duration::from_secs(5);
 /// Minimum interval between two requests for the same session.
 const REQUEST_INTERVAL: Duration = Duration::from_millis(500);

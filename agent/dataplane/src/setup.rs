@@ -324,7 +324,7 @@ impl Running {
     }
 
     /// Returns the longest UDP payload that this host's route to `destination` carries, after the
-    /// kernel has refused one of `refused` bytes.
+    /// kernel has refused a payload of `refused` bytes.
     pub(super) fn longest_payload(
         &self,
         destination: SocketAddr,

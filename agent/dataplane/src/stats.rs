@@ -164,9 +164,10 @@ pub(super) struct LaneStats {
     pub(super) tun_tcp_refused: AtomicBool,
     /// True while the TUN device refuses UDP superpackets.
     pub(super) tun_udp_refused: AtomicBool,
-    /// True if the kernel refused the control message of the outer ECN field.
+    /// True if the kernel refused the ancillary data of sendmsg(2) that sets the outer ECN field.
     pub(super) ecn_refused: AtomicBool,
-    /// Destinations for which GSO is off, with the end of the pause. Locked only if there are any.
+    /// Destinations for which GSO is off, each with the end of the pause. The mutex is locked only
+    /// if there are such destinations.
     gso_off: Mutex<Vec<(SocketAddr, Instant)>>,
     any_gso_off: AtomicBool,
 }
@@ -199,8 +200,8 @@ impl LaneStats {
         }
     }
 
-    /// Updates the destinations without GSO if they may have changed: `changed`, or a pause may
-    /// have ended.
+    /// Updates the destinations for which GSO is off. Does nothing if `changed` is false and no
+    /// destination is stored, because no pause can have ended then.
     pub(super) fn note_gso_off(&self, gso: &GsoState, now: Instant, changed: bool) {
         if !changed && !self.any_gso_off.load(Relaxed) {
             return;

@@ -22,7 +22,7 @@ pub(super) struct Tables {
     /// All sessions with which datagrams may be received, sorted by receiver index. A lane finds
     /// the changes by one walk over the old and the new list, without access to a session.
     pub(super) sessions: Vec<(u32, Arc<Session>)>,
-    /// Check of handshake messages, by which lanes drop what the session manager would refuse.
+    /// Filter with which lanes drop handshake messages that the session manager would refuse.
     pub(super) handshakes: HandshakeFilter,
 }
 
@@ -60,8 +60,8 @@ impl PeerEntry {
     }
 }
 
-/// Handle of the current tables. The manager publishes; lanes compare [`TablesHandle::version`] and
-/// load.
+/// Handle of the current tables. The manager publishes tables. A lane loads the tables when
+/// [`TablesHandle::version`] has changed.
 #[derive(Default)]
 pub(super) struct TablesHandle {
     /// Number of publications. It is incremented after the tables are replaced.

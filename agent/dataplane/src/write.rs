@@ -110,8 +110,8 @@ impl TunWriter {
 }
 
 fn gather(tun: &TunQueue, arena: &[u8], packet: &TunPacket<'_>) -> io::Result<()> {
-    // Arrays on the stack, as small as possible, because they are zeroed: for one packet, a typical
-    // superpacket, any superpacket.
+    // Each call initializes an array on the stack. The three lengths, for one packet, a typical
+    // superpacket and any superpacket, keep this array short.
     match packet.payload.len() + 2 {
         0..=4 => gather_up_to::<4>(tun, arena, packet),
         5..=72 => gather_up_to::<72>(tun, arena, packet),
