@@ -1,5 +1,5 @@
-//! Allocation state of one address family: leased, quarantined and free addresses, and the next one
-//! to allocate.
+//! Allocation state of one address family: leased, quarantined and free addresses, and the address
+//! after which the next search starts.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -13,8 +13,8 @@ use super::error::IpamError;
 use super::family::{Family, number};
 use super::free::Ranges;
 
-/// Time for which a released address is not allocated while another one is free, because its former
-/// holder's peers may still send to it, and may have cached it.
+/// Time after the release of an address in which the address is allocated only if no other address
+/// is free. Programs may still send to the former holder, or may have cached the address.
 pub const QUARANTINE_TIME: Duration = Duration::from_secs(30);
 
 /// Usage of one pool.
@@ -235,8 +235,8 @@ impl AddressAllocator {
         })
     }
 
-    /// Returns the number of leases in a pool. Leases of addresses that were reserved later do not
-    /// count.
+    /// Returns the number of leases in a pool. A lease does not count if its address became
+    /// reserved after the allocation.
     fn in_use(&self, pool: &Pool) -> u64 {
         let inside = pool.first..=pool.last;
         let reserved = self.reserved.range(inside.clone());

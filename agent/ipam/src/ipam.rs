@@ -120,7 +120,7 @@ impl Ipam {
     }
 
     /// Returns the lease of an attachment. While the store can be neither written nor read, this
-    /// method and the following ones return the state before the failure.
+    /// method, [`Ipam::list`] and [`Ipam::usage`] return the state before the failure.
     pub fn get(&self, id: &AttachmentId) -> Option<&Lease> {
         self.state.get(id)
     }

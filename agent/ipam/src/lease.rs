@@ -43,7 +43,7 @@ pub struct Netns {
     pub dev: u64,
     /// Inode number. The kernel may reuse it for a later namespace.
     pub inode: u64,
-    /// True if the agent has seen this inode at this path, so that its absence means that the
+    /// True if the agent has seen this inode at `path`. If the inode is no longer there, the
     /// namespace is gone.
     #[serde(default)]
     pub path_visible: bool,

@@ -30,8 +30,8 @@ pub struct IpamHandle {
     jobs: Sender<Job>,
 }
 
-/// Write operation: changes the state in memory, or gets the error that prevents it. The returned
-/// function reports the outcome after the transaction.
+/// Function of a write operation. It changes the state in memory, or receives the error because of
+/// which the operation cannot start. The returned function reports the outcome of the transaction.
 type Write = Box<dyn FnOnce(Result<(&mut State, &mut ChangeSet), IpamError>) -> Answer + Send>;
 type Answer = Box<dyn FnOnce(Result<(), IpamError>)>;
 /// Job that is not part of a transaction.
@@ -150,7 +150,8 @@ fn write(ipam: &mut Ipam, writes: Vec<Write>) {
     let outcome = ipam.write(|state, change_set| {
         answers.extend(writes.by_ref().map(|write| write(Ok((&mut *state, &mut *change_set)))));
     });
-    // Operations that were not tried because the store could not be opened.
+    // If the store could not be opened, the remaining operations were not tried. They get its
+    // error.
     if let Err(error) = &outcome {
         answers.extend(writes.map(|write| write(Err(error.clone()))));
     }

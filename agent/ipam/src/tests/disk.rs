@@ -8,7 +8,8 @@ use redb::StorageBackend;
 use super::super::store::{Store, builder, initialize};
 use super::*;
 
-/// Fault, and the number of the operation that changes the disk at which it occurs, counted from 0.
+/// Fault of the disk. The number counts the operations that change the disk, from 0. The fault
+/// occurs at the operation with this number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fault {
     None,
@@ -76,8 +77,9 @@ impl Disk {
         Self::with(self.lock().now.clone())
     }
 
-    /// Returns the disk after a power loss: all synced data, and those unsynced operations, down to
-    /// parts of a write, that `kept` selects by index and count.
+    /// Returns the disk after a power loss. The disk has all synced data. `kept` gets the index of
+    /// an unsynced operation and the number of these operations, and returns the part of the
+    /// operation that survives.
     pub(super) fn after_power_loss(&self, kept: impl Fn(usize, usize) -> Kept) -> Self {
         let sectors = self.lock();
         let mut content = sectors.synced.clone();

@@ -124,10 +124,10 @@ fn damaged_file_is_moved_aside() {
     assert!(found > 20, "{found}");
 }
 
-/// Child process: allocates and releases forever, and prints each outcome.
+/// Allocates and releases until the process is killed, and prints each outcome.
 #[test]
 #[ignore = "part of another test"]
-fn busy() {
+fn child_that_allocates_and_releases() {
     let mut ipam = open(Path::new(&std::env::var_os(PATH_VARIABLE).unwrap()));
     let mut out = std::io::stdout().lock();
     let mut tell = |text: String| {
@@ -167,7 +167,8 @@ fn leases_survive_a_kill_at_any_time() {
     let mut told = std::collections::BTreeMap::<String, Option<String>>::new();
     let mut total = 0;
     for round in 0..20_u64 {
-        let mut process = Killed(child("busy", &path).spawn().unwrap());
+        let mut process =
+            Killed(child("child_that_allocates_and_releases", &path).spawn().unwrap());
         let mut lines = BufReader::new(process.0.stdout.take().unwrap()).lines();
         let (mut deadline, mut doubtful) = (None::<Instant>, None);
         while let Some(Ok(line)) = lines.next() {
@@ -214,10 +215,10 @@ fn leases_survive_a_kill_at_any_time() {
     assert!(total > 20, "Only {total} operations were answered.");
 }
 
-/// Child process: fills a file system of 1 MiB in a mount namespace of its own.
+/// Fills a file system of 1 MiB in a mount namespace of its own.
 #[test]
 #[ignore = "part of another test"]
-fn full() {
+fn child_that_fills_its_file_system() {
     use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
     let directory = PathBuf::from(std::env::var_os(PATH_VARIABLE).unwrap());
     // The mount namespace belongs to this process and ends with it.
@@ -259,7 +260,7 @@ fn full() {
 #[test]
 fn full_file_system_is_reported() {
     let directory = tempfile::tempdir().unwrap();
-    let inner = child("full", directory.path());
+    let inner = child("child_that_fills_its_file_system", directory.path());
     let mut command = Command::new("unshare");
     command.args(["--mount", "--"]).arg(inner.get_program()).args(inner.get_args());
     command.env(PATH_VARIABLE, directory.path());
