@@ -1,9 +1,10 @@
 //! Router advertisements (RFC 4861): which interfaces depend on them, and the kernel's setting
 //! `accept_ra`.
 //!
-//! A kernel that forwards ignores router advertisements on interfaces whose `accept_ra` is 1, and
-//! accepts them where it is 2. A host in any network of this node could otherwise give the node a
-//! default route, for example a container behind a bridge.
+//! A kernel that forwards accepts router advertisements only on interfaces whose `accept_ra` is 2,
+//! and ignores them if the value is 1. Skein sets 2 only on interfaces with a learned route: on any
+//! other interface, a host such as a container behind a bridge could give this node a default
+//! route.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -16,7 +17,7 @@ use super::connection::{Netlink, NetlinkError};
 use super::next_hop::named_devices;
 use super::sysctl::{Sysctl, SysctlError};
 
-/// Settings of the whole namespace below `ipv6/conf`: those of no interface.
+/// Directories below `ipv6/conf` that belong to the network namespace and to no interface.
 const COMMON: [&str; 2] = ["all", "default"];
 
 impl Netlink {
@@ -59,10 +60,10 @@ impl Netlink {
         Ok(forwarding.ensure()?)
     }
 
-    /// Restores the settings that earlier versions changed: `accept_ra` of `all`, `default` and
-    /// the interfaces without a route learned from a router advertisement becomes 1 if it is 2.
-    /// Returns the names of what was changed. Does nothing if the kernel does not forward IPv6,
-    /// because the earlier version changed the settings when it switched forwarding on.
+    /// Restores the settings that earlier versions changed: `accept_ra` of `all`, `default` and the
+    /// interfaces without a route learned from a router advertisement becomes 1 if it is 2. Returns
+    /// the names of which `accept_ra` was changed. Does nothing if the kernel does not forward
+    /// IPv6, because the earlier version changed the settings when it switched forwarding on.
     ///
     /// # Errors
     /// [`ForwardingError`] if the learned routes are not known, or if the kernel refuses a setting.
@@ -89,8 +90,8 @@ fn is_forwarding() -> Option<bool> {
     Sysctl::read("ipv6/conf/all/forwarding").map(|value| value != "0")
 }
 
-/// Sets `accept_ra` of an interface to `to` if it is `from`; returns whether it was. An interface
-/// that is gone, or has no IPv6, is left alone.
+/// Sets `accept_ra` of an interface to `to` if the value is `from`. Returns whether the value was
+/// changed. An interface that is gone or has no IPv6 is not an error.
 fn change_accept_ra(interface: &str, from: &str, to: &'static str) -> Result<bool, SysctlError> {
     let key = format!("ipv6/conf/{interface}/accept_ra");
     if Sysctl::read(&key).as_deref() != Some(from) {

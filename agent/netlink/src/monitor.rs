@@ -20,7 +20,7 @@ use super::pod::HOST_PREFIX;
 use super::route::PROTOCOL;
 use super::unreachable::is_unreachable;
 
-/// Delay after an error of the socket for changed settings.
+/// Delay after an error of the netlink socket that reports changed settings.
 const SETTINGS_RETRY_DELAY: Duration = Duration::from_secs(1);
 
 /// Subscription to the kernel's notifications about one interface and the underlay.

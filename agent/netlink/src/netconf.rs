@@ -49,8 +49,8 @@ impl Subscription {
         Ok(Self { socket, buffer: Vec::with_capacity(1 << 15) })
     }
 
-    /// Waits for notifications; returns whether one concerns all interfaces or the one with
-    /// `index`. Lost notifications count as such.
+    /// Waits for notifications. Returns whether a notification concerns all interfaces or the
+    /// interface with `index`. The result is also true if notifications were lost.
     ///
     /// # Errors
     ///
@@ -65,7 +65,7 @@ impl Subscription {
     }
 }
 
-/// Returns whether one of the messages concerns all interfaces or the one with `index`.
+/// Returns whether one of the messages concerns all interfaces or the interface with `index`.
 fn concerns(mut messages: &[u8], index: u32) -> bool {
     while let Ok(message) = NetlinkBuffer::new_checked(messages) {
         let attributes = message.payload().get(NETCONF_MESSAGE..).unwrap_or_default();

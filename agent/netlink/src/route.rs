@@ -179,7 +179,7 @@ impl Netlink {
     }
 
     /// Adds a route that may exist already; returns whether a change was made. A different route of
-    /// Skein by the same interface is replaced.
+    /// Skein through the same interface is replaced.
     ///
     /// # Errors
     ///

@@ -7,12 +7,12 @@ use thiserror::Error;
 
 /// Directories of the settings, in the order of preference. Container runtimes mount /proc/sys
 /// read-only and refuse mounts below /proc, so the host's directory may be mounted at another path.
-/// Both show the settings of the reader's network namespace.
-const PLACES: [&str; 2] = ["/host/proc/sys/net", "/proc/sys/net"];
+/// Both directories show the settings of the reader's network namespace.
+const DIRECTORIES: [&str; 2] = ["/host/proc/sys/net", "/proc/sys/net"];
 
 /// Returns the file of a setting, from its path below /proc/sys/net.
-fn place(key: impl AsRef<Path>) -> PathBuf {
-    let [mounted, usual] = PLACES.map(Path::new);
+fn setting_file(key: impl AsRef<Path>) -> PathBuf {
+    let [mounted, usual] = DIRECTORIES.map(Path::new);
     let root = if mounted.join("ipv4").is_dir() { mounted } else { usual };
     root.join(key)
 }
@@ -55,7 +55,7 @@ impl Sysctl {
     /// Returns the value of a setting, by its path below /proc/sys/net; `None` if it cannot be
     /// read.
     pub(super) fn read(key: &str) -> Option<String> {
-        std::fs::read_to_string(place(key)).ok().map(|value| value.trim().to_owned())
+        std::fs::read_to_string(setting_file(key)).ok().map(|value| value.trim().to_owned())
     }
 
     /// Writes the value if the setting differs. Returns whether it was written.
@@ -63,7 +63,7 @@ impl Sysctl {
     /// # Errors
     /// [`SysctlError`] if the file cannot be read or written.
     pub fn ensure(&self) -> Result<bool, SysctlError> {
-        let path = place(&self.key);
+        let path = setting_file(&self.key);
         let result = std::fs::read_to_string(&path).and_then(|now| {
             let differs = now.trim() != self.value;
             if differs {

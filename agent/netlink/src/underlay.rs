@@ -1,4 +1,4 @@
-//! MTU of the underlay: the smallest MTU of the devices by which datagrams to the peers leave.
+//! MTU of the underlay: the smallest MTU of the devices through which datagrams to the peers leave.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -37,7 +37,7 @@ pub struct UnderlayMtu {
     pub interface: String,
 }
 
-/// A device by which datagrams may leave.
+/// A device through which datagrams to peers may leave.
 #[derive(Debug, Clone, Copy)]
 struct Way {
     /// Index of the device.
