@@ -10,11 +10,11 @@ const POOLS: [&str; 2] = ["10.1.0.0/28", "fd00::/124"];
 /// Number of allocatable addresses of [`POOLS`] per family.
 const USABLE: [usize; 2] = [14, 15];
 
-fn give_pools(ipam: &mut Ipam) {
+fn set_pools(ipam: &mut Ipam) {
     ipam.set_pools(&cidrs(&POOLS), &[]);
 }
 
-enum Ask {
+enum ScriptStep {
     Allocate(&'static str),
     Release(&'static str),
     Adopt(&'static str),
@@ -22,11 +22,20 @@ enum Ask {
 
 /// Returns operations that allocate, release, allocate again while no other address is free, and
 /// adopt.
-fn script() -> Vec<(Ask, u64)> {
+fn script() -> Vec<(ScriptStep, u64)> {
     let names = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n"];
-    let mut script: Vec<_> = names[..5].iter().map(|name| (Ask::Allocate(name), 0)).collect();
-    script.extend([(Ask::Release("b"), 1), (Ask::Release("d"), 2), (Ask::Allocate("b"), 3)]);
-    script.extend([(Ask::Adopt("x"), 4), (Ask::Release("a"), 5), (Ask::Allocate("a"), 40)]);
+    let mut script: Vec<_> =
+        names[..5].iter().map(|name| (ScriptStep::Allocate(name), 0)).collect();
+    script.extend([
+        (ScriptStep::Release("b"), 1),
+        (ScriptStep::Release("d"), 2),
+        (ScriptStep::Allocate("b"), 3),
+    ]);
+    script.extend([
+        (ScriptStep::Adopt("x"), 4),
+        (ScriptStep::Release("a"), 5),
+        (ScriptStep::Allocate("a"), 40),
+    ]);
     script
 }
 
@@ -41,7 +50,7 @@ struct Answered {
 }
 
 impl Answered {
-    fn note(&mut self, id: AttachmentId, result: Result<Option<Lease>, IpamError>) {
+    fn record(&mut self, id: AttachmentId, result: Result<Option<Lease>, IpamError>) {
         match result {
             Ok(lease) => {
                 self.unknown.remove(&id);
@@ -79,22 +88,22 @@ impl Answered {
 }
 
 /// Runs the script and records all answers.
-fn play(ipam: &mut Ipam, answered: &mut Answered, fault: Fault) {
-    for (ask, seconds) in script() {
+fn run_script(ipam: &mut Ipam, answered: &mut Answered, fault: Fault) {
+    for (step, seconds) in script() {
         let now = at(seconds);
         let before: Vec<_> = ipam.list().cloned().collect();
         let (usage, unknown) = (ipam.usage(now), answered.unknown.clone());
-        match ask {
-            Ask::Allocate(name) => {
+        match step {
+            ScriptStep::Allocate(name) => {
                 let result = ipam.allocate(request(name), now).map(Some);
                 // An earlier release may have failed, so that the lease still exists and is
                 // returned again.
-                answered.note(id(name), result);
+                answered.record(id(name), result);
             }
-            Ask::Release(name) => {
-                answered.note(id(name), ipam.release(&id(name), now).map(|_| None));
+            ScriptStep::Release(name) => {
+                answered.record(id(name), ipam.release(&id(name), now).map(|_| None));
             }
-            Ask::Adopt(name) => {
+            ScriptStep::Adopt(name) => {
                 let v4 = "10.1.0.14".parse().ok();
                 let v6 = "fd00::f".parse().ok();
                 let lease = Lease {
@@ -106,7 +115,7 @@ fn play(ipam: &mut Ipam, answered: &mut Answered, fault: Fault) {
                     pod: None,
                     time: now,
                 };
-                answered.note(id(name), ipam.adopt(lease, now).map(Some));
+                answered.record(id(name), ipam.adopt(lease, now).map(Some));
             }
         }
         let ips: Vec<_> = ipam.list().flat_map(Lease::ips).collect();
@@ -127,7 +136,7 @@ fn play(ipam: &mut Ipam, answered: &mut Answered, fault: Fault) {
 /// Checks that every address without a lease can be allocated, and that a caller without an answer
 /// may repeat its request.
 fn check_nothing_is_lost(ipam: &mut Ipam, answered: &Answered) {
-    // If the disk could not be read, the outcome is still unknown; this call reads it.
+    // If the disk could not be read, the outcome is still unknown. This call reads the disk.
     assert_eq!(ipam.release(&id("nobody"), at(41)).unwrap(), None);
     for id in &answered.unknown {
         let before = ipam.get(id).cloned();
@@ -156,23 +165,23 @@ fn check_nothing_is_lost(ipam: &mut Ipam, answered: &Answered) {
 
 /// Runs the script on a disk with a fault. Returns the disk, the answers, the leases and the number
 /// of operations of the disk.
-fn failed(fault: Fault) -> (Disk, Answered, Option<Ipam>, usize) {
+fn run_with_fault(fault: Fault) -> (Disk, Answered, Option<Ipam>, usize) {
     let disk = Disk::new();
     let mut ipam = disk.open().unwrap();
-    give_pools(&mut ipam);
+    set_pools(&mut ipam);
     disk.fail(fault);
     let mut answered = Answered::default();
-    play(&mut ipam, &mut answered, fault);
+    run_script(&mut ipam, &mut answered, fault);
     let operations = disk.operations();
     (disk, answered, Some(ipam), operations)
 }
 
 #[test]
 fn single_failure_loses_nothing() {
-    let (_, answered, _, operations) = failed(Fault::None);
+    let (_, answered, _, operations) = run_with_fault(Fault::None);
     assert!(answered.unknown.is_empty() && operations > 60, "{operations}");
     for k in 0..operations {
-        let (disk, answered, mut ipam, _) = failed(Fault::Once(k));
+        let (disk, answered, mut ipam, _) = run_with_fault(Fault::Once(k));
         assert!(answered.unknown.len() <= 1, "{k}: {:?}", answered.unknown);
         let mut ipam = ipam.take().unwrap();
         answered.check(&ipam);
@@ -186,9 +195,9 @@ fn single_failure_loses_nothing() {
 
 #[test]
 fn full_disk_loses_nothing() {
-    let (.., operations) = failed(Fault::None);
+    let (.., operations) = run_with_fault(Fault::None);
     for k in 0..operations {
-        let (disk, answered, mut ipam, _) = failed(Fault::From(k));
+        let (disk, answered, mut ipam, _) = run_with_fault(Fault::From(k));
         let mut ipam = ipam.take().unwrap();
         answered.check(&ipam);
         let error = ipam.allocate(request("z"), at(40)).unwrap_err();
@@ -203,7 +212,7 @@ fn full_disk_loses_nothing() {
         let leases: Vec<_> = ipam.list().cloned().collect();
         drop(ipam);
         let mut ipam = disk.open().unwrap();
-        give_pools(&mut ipam);
+        set_pools(&mut ipam);
         assert!(ipam.list().eq(leases.iter()), "{k}");
     }
 }
@@ -212,7 +221,7 @@ fn full_disk_loses_nothing() {
 fn probe_detects_a_store_that_cannot_be_written() {
     let disk = Disk::new();
     let mut ipam = disk.open().unwrap();
-    give_pools(&mut ipam);
+    set_pools(&mut ipam);
     let lease = ipam.allocate(request("a"), at(0)).unwrap();
     let before = disk.operations();
     ipam.probe().unwrap();
@@ -231,8 +240,9 @@ fn probe_detects_a_store_that_cannot_be_written() {
     assert!(disk.open().unwrap().list().eq([&lease]));
 }
 
-/// Returns patterns of unsynced operations that survive a power loss.
-fn patterns(seed: usize) -> Vec<Box<dyn Fn(usize, usize) -> Kept>> {
+/// Returns patterns of a power loss. Each pattern gets the index of an unsynced operation and the
+/// number of these operations, and returns the part of the operation that survives.
+fn survival_patterns(seed: usize) -> Vec<Box<dyn Fn(usize, usize) -> Kept>> {
     let keep = |whole: bool| if whole { Kept::Whole } else { Kept::Lost };
     let random = move |salt: usize| {
         move |n: usize, _: usize| {
@@ -264,14 +274,14 @@ fn patterns(seed: usize) -> Vec<Box<dyn Fn(usize, usize) -> Kept>> {
 
 #[test]
 fn power_loss_loses_no_lease() {
-    let (.., operations) = failed(Fault::None);
+    let (.., operations) = run_with_fault(Fault::None);
     for k in 0..operations {
-        let (disk, answered, ipam, _) = failed(Fault::Power(k));
+        let (disk, answered, ipam, _) = run_with_fault(Fault::Power(k));
         drop(ipam);
-        for (n, pattern) in patterns(k).into_iter().enumerate() {
+        for (n, pattern) in survival_patterns(k).into_iter().enumerate() {
             let after = disk.after_power_loss(pattern);
             let mut ipam = after.open().unwrap_or_else(|error| panic!("{k}, {n}: {error}"));
-            give_pools(&mut ipam);
+            set_pools(&mut ipam);
             answered.check(&ipam);
             check_nothing_is_lost(&mut ipam, &answered);
         }
@@ -280,21 +290,21 @@ fn power_loss_loses_no_lease() {
 
 #[test]
 fn power_loss_during_recovery_loses_no_lease() {
-    let (.., operations) = failed(Fault::None);
+    let (.., operations) = run_with_fault(Fault::None);
     for k in (0..operations).step_by(3) {
-        let (disk, answered, ipam, _) = failed(Fault::Power(k));
+        let (disk, answered, ipam, _) = run_with_fault(Fault::Power(k));
         drop(ipam);
         for pattern in [1, 2, 10] {
-            let once = disk.after_power_loss(&patterns(k)[pattern]);
+            let once = disk.after_power_loss(&survival_patterns(k)[pattern]);
             for j in 0.. {
                 let twice = once.copy();
                 twice.fail(Fault::Power(j));
                 let opened = twice.open();
                 let done = opened.is_ok() && twice.operations() <= j;
                 drop(opened);
-                for pattern in &patterns(j)[..6] {
+                for pattern in &survival_patterns(j)[..6] {
                     let mut ipam = twice.after_power_loss(pattern).open().unwrap();
-                    give_pools(&mut ipam);
+                    set_pools(&mut ipam);
                     answered.check(&ipam);
                 }
                 if done {

@@ -63,7 +63,7 @@ fn refusal_concerns_one_caller_and_failure_concerns_all() {
     let disk = Disk::new();
     let (ipam, thread) = IpamHandle::spawn(disk.open().unwrap()).unwrap();
     ipam.set_pools(cidrs(&["10.1.0.0/30"]), vec![]);
-    let ask = |names: [&str; 3]| {
+    let allocate_together = |names: [&str; 3]| {
         let (entered, hold) = (std::sync::Arc::new(std::sync::Barrier::new(2)), channel::<()>());
         let there = entered.clone();
         ipam.list(Box::new(move |_| {
@@ -81,12 +81,12 @@ fn refusal_concerns_one_caller_and_failure_concerns_all() {
     };
     disk.fail(Fault::From(0));
     for _ in 0..2 {
-        let results = ask(["a", "b", "c"]);
+        let results = allocate_together(["a", "b", "c"]);
         let failed = |result: &Result<_, _>| matches!(result, Err(IpamError::Store(_)));
         assert!(results.iter().all(failed), "{results:?}");
     }
     disk.fail(Fault::None);
-    let [a, b, c] = ask(["a", "b", "c"]);
+    let [a, b, c] = allocate_together(["a", "b", "c"]);
     assert_eq!((shown(&a.unwrap()), shown(&b.unwrap())), ("10.1.0.1".into(), "10.1.0.2".into()));
     assert!(matches!(c, Err(IpamError::Exhausted { in_use: 2, .. })));
     drop(ipam);
