@@ -178,7 +178,7 @@ mod tests {
         agent.write_all(&[1]).unwrap();
         activation.wait(None).unwrap();
         assert!(activation.is_requested());
-        assert!(activation.is_requested(), "The request lasts.");
+        assert!(activation.is_requested(), "The request must last.");
         activation.set_activity(Activity::Active).unwrap();
         assert!(instance.dataplane_marker().exists());
         let mut told = [9; 2];

@@ -74,10 +74,10 @@ pub(super) fn fill<'a>(
     let refused = lanes.iter().map(|lane| lane.stats.drops.get(DropReason::HandshakeInvalid)).sum();
     report.handshakes = handshake_report(sources.engine.handshakes(), refused);
     report.second_key_peers = sources.engine.peers_on_second_identity();
-    let narrow = |public_key, mtu: Option<u16>| Some(ReducedPath { public_key, mtu: mtu? });
+    let reduced_path = |public_key, mtu: Option<u16>| Some(ReducedPath { public_key, mtu: mtu? });
     let views = sources.engine.tables().map(|(_, view)| view);
     report.reduced_paths = views
-        .filter_map(|view| narrow(PublicKey(view.public_key.to_bytes()), view.path_mtu))
+        .filter_map(|view| reduced_path(PublicKey(view.public_key.to_bytes()), view.path_mtu))
         .collect();
     let views = sources.engine.tables();
     let unreachable: BTreeMap<PeerId, &PeerView> =

@@ -39,9 +39,9 @@ pub struct UnderlayMtu {
 
 /// A device through which datagrams to peers may leave.
 #[derive(Debug, Clone, Copy)]
-struct Way {
+struct OutgoingDevice {
     /// Index of the device.
-    device: u32,
+    index: u32,
     /// MTU of the route in bytes, if it has one of its own.
     mtu: Option<u32>,
     /// True for IPv6 datagrams.
@@ -77,23 +77,26 @@ impl Netlink {
         let links = links
             .filter(|link| link.name != underlay.overlay && !link.name.starts_with(HOST_PREFIX));
         let links: BTreeMap<_, _> = links.map(|link| (link.index, link)).collect();
-        if let found @ Some(_) = narrowest(&links, &self.ways_to_peers(underlay).await?) {
+        if let found @ Some(_) = narrowest(&links, &self.devices_to_peers(underlay).await?) {
             return Ok(found);
         }
-        let mut ways = self.default_ways(underlay).await?;
+        let mut devices = self.devices_of_default_routes(underlay).await?;
         let specified = underlay.addresses.iter().filter(|ip| !ip.is_unspecified()).copied();
-        ways.extend(self.holders(&specified.collect()).await?);
-        if let found @ Some(_) = narrowest(&links, &ways) {
+        devices.extend(self.holders(&specified.collect()).await?);
+        if let found @ Some(_) = narrowest(&links, &devices) {
             return Ok(found);
         }
         let own = underlay.own.iter().map(|endpoint| endpoint.ip().to_canonical());
-        let ways = self.holders(&own.filter(|ip| underlay.listens(*ip)).collect()).await?;
-        Ok(narrowest(&links, &ways))
+        let devices = self.holders(&own.filter(|ip| underlay.listens(*ip)).collect()).await?;
+        Ok(narrowest(&links, &devices))
     }
 
-    async fn ways_to_peers(&self, underlay: &Underlay) -> Result<Vec<Way>, NetlinkError> {
-        let mut ways = Vec::new();
-        let mut asked = BTreeSet::new();
+    async fn devices_to_peers(
+        &self,
+        underlay: &Underlay,
+    ) -> Result<Vec<OutgoingDevice>, NetlinkError> {
+        let mut devices = Vec::new();
+        let mut looked_up = BTreeSet::new();
         for endpoint in &underlay.peers {
             let ip = endpoint.ip().to_canonical();
             if !underlay.listens(ip) {
@@ -102,52 +105,58 @@ impl Netlink {
             match endpoint {
                 // The scope of a link-local address is the index of its device.
                 SocketAddr::V6(v6) if v6.scope_id() != 0 => {
-                    ways.push(Way { device: v6.scope_id(), mtu: None, ipv6: true });
+                    devices.push(OutgoingDevice { index: v6.scope_id(), mtu: None, ipv6: true });
                 }
-                _ if asked.insert(ip) => {
+                _ if looked_up.insert(ip) => {
                     if let Some(route) = self.table_route(ip, underlay.source(ip)).await? {
-                        ways.extend(self.ways(&route)?);
+                        devices.extend(self.devices_of_route(&route)?);
                     }
                 }
                 _ => {}
             }
         }
-        Ok(ways)
+        Ok(devices)
     }
 
-    async fn default_ways(&self, underlay: &Underlay) -> Result<Vec<Way>, NetlinkError> {
+    async fn devices_of_default_routes(
+        &self,
+        underlay: &Underlay,
+    ) -> Result<Vec<OutgoingDevice>, NetlinkError> {
         let unspecified = |ipv4| {
             let mut addresses = underlay.addresses.iter();
             addresses.any(|ip| ip.is_unspecified() && ip.is_ipv4() == ipv4)
         };
-        let mut ways = Vec::new();
+        let mut devices = Vec::new();
         for route in self.default_routes().await? {
             if unspecified(route.header.address_family == AddressFamily::Inet) {
-                ways.extend(self.ways(&route)?);
+                devices.extend(self.devices_of_route(&route)?);
             }
         }
-        Ok(ways)
+        Ok(devices)
     }
 
-    fn ways(&self, route: &RouteMessage) -> Result<Vec<Way>, NetlinkError> {
+    fn devices_of_route(&self, route: &RouteMessage) -> Result<Vec<OutgoingDevice>, NetlinkError> {
         if route.header.kind != RouteType::Unicast {
             return Ok(Vec::new());
         }
         let ipv6 = route.header.address_family == AddressFamily::Inet6;
-        let way = |device| Way { device, mtu: mtu(route), ipv6 };
-        Ok(self.devices(route)?.into_iter().map(way).collect())
+        let outgoing = |index| OutgoingDevice { index, mtu: mtu(route), ipv6 };
+        Ok(self.devices(route)?.into_iter().map(outgoing).collect())
     }
 
     /// Returns the devices that hold these addresses.
-    async fn holders(&self, addresses: &BTreeSet<IpAddr>) -> Result<Vec<Way>, NetlinkError> {
+    async fn holders(
+        &self,
+        addresses: &BTreeSet<IpAddr>,
+    ) -> Result<Vec<OutgoingDevice>, NetlinkError> {
         let held = self.addresses(None).await?.into_iter();
         let holders = held.filter(|held| addresses.contains(&held.net.addr()));
-        let way = |held: super::address::Address| Way {
-            device: held.index,
+        let outgoing = |held: super::address::Address| OutgoingDevice {
+            index: held.index,
             mtu: None,
             ipv6: held.net.addr().is_ipv6(),
         };
-        Ok(holders.map(way).collect())
+        Ok(holders.map(outgoing).collect())
     }
 
     /// Returns the indices of the interfaces of all default routes in the main table, including
@@ -167,11 +176,11 @@ impl Netlink {
     }
 }
 
-/// Returns the smallest MTU of `ways` whose device is in `links`, with the device.
-fn narrowest(links: &BTreeMap<u32, Link>, ways: &[Way]) -> Option<UnderlayMtu> {
-    let found = ways.iter().filter_map(|way| {
-        let link = links.get(&way.device)?;
-        let limits = [way.mtu, link.ipv6_mtu.filter(|_| way.ipv6)];
+/// Returns the smallest MTU of the `devices` that are in `links`, with the name of the device.
+fn narrowest(links: &BTreeMap<u32, Link>, devices: &[OutgoingDevice]) -> Option<UnderlayMtu> {
+    let found = devices.iter().filter_map(|device| {
+        let link = links.get(&device.index)?;
+        let limits = [device.mtu, link.ipv6_mtu.filter(|_| device.ipv6)];
         let mtu = limits.into_iter().flatten().fold(link.mtu, u32::min);
         Some(UnderlayMtu { mtu, interface: link.name.clone() })
     });

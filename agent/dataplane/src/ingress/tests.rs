@@ -193,7 +193,7 @@ fn ecn_mark_of_merged_message_drops_no_packet() {
         let (alone, merged) = (decapsulate(inner, outer, false), decapsulate(inner, outer, true));
         assert_eq!(alone, inner.decapsulate(outer), "A single datagram follows RFC 6040.");
         let expected = alone.unwrap_or(inner);
-        assert_eq!(merged, Some(expected), "{inner:?} in a run marked {outer:?} stays.");
+        assert_eq!(merged, Some(expected), "{inner:?} in a message marked {outer:?} must stay.");
     }
     assert_eq!(decapsulate(Ecn::NotEct, Ecn::Ce, false), None, "A marked datagram is dropped.");
 }

@@ -263,7 +263,7 @@ fn underlay_changes_are_reported_and_others_are_not() {
         device("ua", 1500, &["192.0.2.1/24", "2001:db8:a::1/64"]);
         device("skp0123456789", 1440, &[]);
         let monitor = Monitor::start("sk-test").unwrap();
-        let quiet = async || {
+        let drain_notifications = async || {
             let within = Duration::from_millis(200);
             while tokio::time::timeout(within, monitor.underlay_changed()).await.is_ok() {}
         };
@@ -276,20 +276,22 @@ fn underlay_changes_are_reported_and_others_are_not() {
             "link set ua down",
             "link set ua up",
         ] {
-            quiet().await;
+            drain_notifications().await;
             ip(change);
-            let told = tokio::time::timeout(Duration::from_secs(30), monitor.underlay_changed());
-            assert!(told.await.is_ok(), "{change} was not reported");
+            let reported =
+                tokio::time::timeout(Duration::from_secs(30), monitor.underlay_changed());
+            assert!(reported.await.is_ok(), "{change} was not reported");
         }
-        quiet().await;
+        drain_notifications().await;
         for change in [
             "link set skp0123456789 mtu 1400",
             "route add 10.9.0.0/16 dev ua proto 77",
             "-6 route add fd00:9::/64 dev ua proto 77",
         ] {
             ip(change);
-            let told = tokio::time::timeout(Duration::from_millis(300), monitor.underlay_changed());
-            assert!(told.await.is_err(), "{change} must not be reported");
+            let reported =
+                tokio::time::timeout(Duration::from_millis(300), monitor.underlay_changed());
+            assert!(reported.await.is_err(), "{change} must not be reported");
         }
     });
 }
