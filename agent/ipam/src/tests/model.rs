@@ -163,17 +163,17 @@ fn run(steps: Vec<Step>) {
                     (None, Some(host)) if model.leased().contains(&host) => Err("taken"),
                     (None, Some(host)) if model.usable.contains(&host) => Ok(host),
                     (None, Some(host)) if model.in_cidr.contains(&host) => Err("reserved"),
-                    (None, Some(_)) => Err("stranger"),
+                    (None, Some(_)) => Err("not in pool"),
                     (None, None) => model.next(now).ok_or("exhausted"),
                 };
                 let given = result.as_ref().map(host).map_err(|error| match error {
                     IpamError::OtherNamespace(_) => "namespace",
                     IpamError::Taken { .. } => "taken",
                     IpamError::Reserved(_) => "reserved",
-                    IpamError::NotInPool(_) => "stranger",
+                    IpamError::NotInPool(_) => "not in pool",
                     IpamError::NoPools => "no pools",
                     IpamError::Exhausted { .. } => "exhausted",
-                    _ => "something else",
+                    _ => "other error",
                 });
                 assert_eq!(given, expected);
                 if let (Ok(host), None) = (given, model.leases.get(&who)) {

@@ -260,7 +260,7 @@ fn leases_are_adopted_from_the_kernel() {
     let disk = Disk::new();
     let mut ipam = disk.open().unwrap();
     ipam.set_pools(&cidrs(&["10.1.0.0/24"]), &[ip("10.1.0.1")]);
-    let learnt = |name: &str, v4: &str, v6: Option<&str>| Lease {
+    let kernel_lease = |name: &str, v4: &str, v6: Option<&str>| Lease {
         id: id(name),
         network: String::new(),
         v4: v4.parse().ok(),
@@ -269,15 +269,15 @@ fn leases_are_adopted_from_the_kernel() {
         pod: None,
         time: at(5),
     };
-    let a = ipam.adopt(learnt("a", "10.1.0.2", Some("fd00::7")), at(5)).unwrap();
+    let a = ipam.adopt(kernel_lease("a", "10.1.0.2", Some("fd00::7")), at(5)).unwrap();
     assert_eq!(
         allocate(&mut ipam, "b", 5),
         "10.1.0.3",
         "The adopted address must not be allocated."
     );
-    let error = ipam.adopt(learnt("c", "10.1.0.3", None), at(5)).unwrap_err();
+    let error = ipam.adopt(kernel_lease("c", "10.1.0.3", None), at(5)).unwrap_err();
     assert_eq!(error.to_string(), "10.1.0.3 belongs to eth0 of container b");
-    let error = ipam.adopt(learnt("c", "", None), at(5)).unwrap_err();
+    let error = ipam.adopt(kernel_lease("c", "", None), at(5)).unwrap_err();
     assert!(matches!(error, IpamError::NoAddress(_)));
     assert_eq!(
         ipam.adopt(a.clone(), at(9)).unwrap(),
@@ -292,7 +292,7 @@ fn leases_are_adopted_from_the_kernel() {
         known,
         "Unknown properties must keep their values."
     );
-    let moved = ipam.adopt(learnt("a", "10.1.0.1", None), at(9)).unwrap();
+    let moved = ipam.adopt(kernel_lease("a", "10.1.0.1", None), at(9)).unwrap();
     assert_eq!((shown(&moved).as_str(), moved.netns.is_some()), ("10.1.0.1", true));
     let usage = ipam.usage(at(9));
     assert_eq!(
