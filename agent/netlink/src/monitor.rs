@@ -26,8 +26,11 @@ const SETTINGS_RETRY_DELAY: Duration = Duration::from_secs(1);
 /// Subscription to the kernel's notifications about one interface and the underlay.
 #[derive(Debug)]
 pub struct Monitor {
+    /// Index of the overlay's interface; 0 before [`Monitor::set_index`].
     index: Arc<AtomicU32>,
+    /// Notified of each change of the overlay.
     changed: Arc<Notify>,
+    /// Notified of each change that may belong to the underlay.
     underlay: Arc<Notify>,
     tasks: [JoinHandle<()>; 3],
 }
@@ -56,14 +59,14 @@ impl Monitor {
         let changed = Arc::new(Notify::new());
         let underlay = Arc::new(Notify::new());
         let (seen, notify) = (Arc::clone(&index), Arc::clone(&changed));
-        let settings = settings(Subscription::new()?, seen, notify);
+        let settings = report_changed_settings(Subscription::new()?, seen, notify);
         let (seen, name) = (Arc::clone(&index), name.to_owned());
         let (notify, notify_underlay) = (Arc::clone(&changed), Arc::clone(&underlay));
         let filter = async move {
             while let Some((message, _)) = messages.next().await {
                 let NetlinkPayload::InnerMessage(message) = message.payload else { continue };
                 let index = seen.load(Ordering::Relaxed);
-                if concerns(&message, &name, index) {
+                if concerns_overlay(&message, &name, index) {
                     notify.notify_one();
                 }
                 if concerns_underlay(&message, &name, index) {
@@ -101,7 +104,11 @@ impl Drop for Monitor {
 }
 
 /// Reports changed settings while the monitor exists.
-async fn settings(mut changes: Subscription, index: Arc<AtomicU32>, notify: Arc<Notify>) {
+async fn report_changed_settings(
+    mut changes: Subscription,
+    index: Arc<AtomicU32>,
+    notify: Arc<Notify>,
+) {
     loop {
         match changes.concerns(|| index.load(Ordering::Relaxed)).await {
             Ok(true) => notify.notify_one(),
@@ -114,7 +121,9 @@ async fn settings(mut changes: Subscription, index: Arc<AtomicU32>, notify: Arc<
     }
 }
 
-fn concerns(message: &RouteNetlinkMessage, name: &str, index: u32) -> bool {
+/// Returns whether the message concerns the overlay's interface, one of its addresses, or one of
+/// Skein's routes through the interface or unreachable routes.
+fn concerns_overlay(message: &RouteNetlinkMessage, name: &str, index: u32) -> bool {
     match message {
         RouteNetlinkMessage::NewLink(link) | RouteNetlinkMessage::DelLink(link) => {
             let named = |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::IfName(other) if other == name);
@@ -124,7 +133,7 @@ fn concerns(message: &RouteNetlinkMessage, name: &str, index: u32) -> bool {
             address.header.index == index
         }
         RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route) => {
-            ours(route, index)
+            is_overlay_route(route, index)
         }
         _ => false,
     }
@@ -152,7 +161,9 @@ fn concerns_underlay(message: &RouteNetlinkMessage, overlay: &str, index: u32) -
     }
 }
 
-fn ours(route: &RouteMessage, index: u32) -> bool {
+/// Returns whether the route is Skein's and leads through the interface with `index`, or is one of
+/// Skein's unreachable routes.
+fn is_overlay_route(route: &RouteMessage, index: u32) -> bool {
     route.header.protocol == RouteProtocol::Other(PROTOCOL)
         && (route.attributes.contains(&RouteAttribute::Oif(index)) || is_unreachable(route))
 }

@@ -117,8 +117,8 @@ impl Sender {
         self.plan.datagrams_per_call()
     }
 
-    /// Returns true if the kernel refuses the control message for the outer ECN field, so that
-    /// every datagram is Not-ECT.
+    /// Returns true if the kernel refuses the ancillary data of sendmsg(2) that sets the outer ECN
+    /// field, so that every datagram is Not-ECT.
     pub fn ecn_refused(&self) -> bool {
         self.plan.ecn_refused()
     }

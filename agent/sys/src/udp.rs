@@ -313,9 +313,9 @@ fn enable_gro(socket: BorrowedFd<'_>, allowed: bool, fallbacks: &mut Vec<Fallbac
     }
 }
 
-/// Enables or disables control messages with the ECN field of received datagrams (IP_RECVTOS, or
-/// IPV6_RECVTCLASS unless `v4`). The change also applies to datagrams that are already queued,
-/// because the kernel reads the field when the process receives the datagram.
+/// Enables or disables the ancillary data of recvmsg(2) with the ECN field of received datagrams
+/// (IP_RECVTOS, or IPV6_RECVTCLASS unless `v4`). The change also applies to datagrams that are
+/// already queued, because the kernel reads the field when the process receives the datagram.
 ///
 /// # Errors
 /// The kernel's refusal of the socket option.
