@@ -31,8 +31,8 @@ pub struct Confined {
 /// Drops all capabilities that the data plane does not need. A data process (`worker`) also gives
 /// up access to files and all system calls that it does not need.
 ///
-/// Call it before the process reads data of an unauthenticated sender, and before it starts a
-/// second thread.
+/// Call this function before the process reads data of an unauthenticated sender, and before it
+/// starts a second thread.
 ///
 /// # Errors
 /// An error if capabilities cannot be dropped, if a data process cannot be tied to its keeper, or
@@ -89,7 +89,8 @@ fn open_files() {
 }
 
 impl Confined {
-    /// Logs the kept capabilities and the state of each mechanism. Call it after the log is set up.
+    /// Logs the kept capabilities and the state of each mechanism. Call this method after the log
+    /// is set up.
     pub fn log(&self) {
         tracing::info!(kept = ?self.capabilities, "capabilities dropped");
         for mechanism in &self.mechanisms {

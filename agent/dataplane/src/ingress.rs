@@ -394,7 +394,8 @@ fn find_foreign_address(tables: &Tables, peer: PeerId, ip: &IpHeader) -> Option<
 
 /// Returns the ECN field with which an inner packet leaves the tunnel; `None` if the packet must be
 /// dropped (RFC 6040). The outer field of a merged message may come from any of its datagrams
-/// ([`Message::ecn`](skein_sys::recv::Message::ecn)), so it is no reason to drop all of them.
+/// ([`Message::ecn`](skein_sys::recv::Message::ecn)), so the outer field is no reason to drop all
+/// packets of the message.
 fn decapsulate(inner: Ecn, outer: Ecn, merged: bool) -> Option<Ecn> {
     inner.decapsulate(outer).or(merged.then_some(inner))
 }

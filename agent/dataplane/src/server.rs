@@ -116,7 +116,7 @@ impl Socket {
     }
 
     /// Waits for a connection. Without free descriptors, accept(2) fails even if no connection
-    /// waits, so it is called only if one does.
+    /// waits, so accept(2) is called only if a connection waits.
     ///
     /// # Errors
     /// The error of poll(2) or accept(2).
@@ -125,7 +125,7 @@ impl Socket {
             let timeout = self.next_check.saturating_duration_since(Instant::now());
             let timeout = Timespec::try_from(timeout).ok();
             match poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], timeout.as_ref()) {
-                // Connections of the present socket are accepted before it is replaced.
+                // Connections of the present socket are accepted before the socket is replaced.
                 Ok(0) => {
                     self.check();
                     self.next_check = Instant::now() + CHECK_INTERVAL;

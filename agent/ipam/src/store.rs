@@ -98,7 +98,7 @@ impl Store {
 }
 
 /// Runs `work` and converts a panic to an error. redb documents that it may panic if the file was
-/// changed while it was closed. The integrity check at opening finds most such changes.
+/// changed while the database was closed. The integrity check at opening finds most such changes.
 ///
 /// # Errors
 /// The error of `work`; `Damaged` after a panic.

@@ -330,7 +330,8 @@ impl ReconcileReport {
     }
 }
 
-/// A peer's prefix to which another program has a route, so that the overlay does not carry it.
+/// A peer's prefix to which another program has a route, so that the overlay does not carry traffic
+/// to the prefix.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RouteConflict {
     /// Destination of the route.

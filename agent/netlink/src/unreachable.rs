@@ -124,10 +124,10 @@ impl Netlink {
         outcome
     }
 
-    /// Changes the unreachable routes to `wanted`; adds routes before it removes others. A failure
-    /// does not stop the rest. A route outside `wanted` is removed if `before` contains it (this
-    /// process wanted it), or if only the agent with `alias` has an interface here, so that the
-    /// route belongs to no other agent.
+    /// Makes the unreachable routes equal to `wanted`. Routes are added before others are removed,
+    /// and a failure does not stop the rest. A route outside `wanted` is removed in two cases: the
+    /// route is in `before`, the routes that this process wanted earlier, or no agent with another
+    /// alias than `alias` has an interface here, so that the route belongs to no other agent.
     pub async fn ensure_unreachable_routes(
         &self,
         wanted: &BTreeSet<IpNet>,
