@@ -101,7 +101,7 @@ pub(crate) fn peers(arguments: &PeersArgs) -> Result<(), Failure> {
         .collect();
     print(&match sample.output.output {
         Output::Json => json(&peers)?,
-        Output::Table => render(&peers) + "\n",
+        Output::Table => render(&peers, now.peers.len()) + "\n",
     })?;
     let lost = peers.iter().filter(|peer| peer.report.state == PeerState::Unreachable).count();
     match lost {
@@ -136,7 +136,13 @@ fn select<'a>(
     }))
 }
 
-fn render(peers: &[Peer]) -> String {
+/// Formats the selected peers as a table. `all` is the number of this node's peers.
+fn render(peers: &[Peer], all: usize) -> String {
+    match (peers.len(), all) {
+        (0, 0) => return "no peers".to_owned(),
+        (0, _) => return format!("no peer matches. Number of peers: {all}."),
+        _ => {}
+    }
     let dash = || "-".to_owned();
     let row = |peer: &Peer| -> Vec<Field> {
         let Peer { report: peer, rates } = peer;
@@ -219,9 +225,15 @@ mod tests {
     }
 
     #[test]
+    fn empty_list_is_a_sentence() {
+        assert_eq!(render(&[], 0), "no peers");
+        assert_eq!(render(&[], 3), "no peer matches. Number of peers: 3.");
+    }
+
+    #[test]
     fn row_of_unreachable_peer_shows_reason() {
         let peer = Peer { report: peer("node-b", PeerState::Unreachable), rates: None };
-        let text = render(&[peer]);
+        let text = render(&[peer], 1);
         let line = text.lines().nth(1).unwrap();
         assert!(
             line.contains("unreachable") && line.ends_with("handshakes get no answer"),
