@@ -14,7 +14,8 @@ const MIN_PEER_LINES: usize = 4;
 /// Maximum number of drop reasons shown.
 const MAX_DROPS: usize = 8;
 
-/// Formats a sample as at most `height` lines of at most `width` characters.
+/// Formats a sample as at most `height` lines of at most `width` characters. A longer line is cut
+/// and ends with `…`.
 pub(super) fn lines(sample: &Sample, (width, height): (usize, usize)) -> Vec<String> {
     let mut lines = Vec::new();
     let mut add = |text: String, tone| lines.push((text, tone));
@@ -78,7 +79,11 @@ pub(super) fn lines(sample: &Sample, (width, height): (usize, usize)) -> Vec<Str
         let lost = peer.state == PeerState::Unreachable;
         lines.push((text, if lost { peer_tone(&peer.state) } else { Tone::Plain }));
     }
-    let cut = |text: &str| text.chars().take(width).collect::<String>();
+    // Without the mark, a number that lost its last digits would read as another number.
+    let cut = |text: &str| match text.chars().count() > width {
+        true => text.chars().take(width.saturating_sub(1)).chain(['…']).collect::<String>(),
+        false => text.to_owned(),
+    };
     lines.into_iter().map(|(text, tone)| paint(&cut(&text), tone)).take(height).collect()
 }
 
@@ -170,6 +175,20 @@ mod tests {
         assert!(lines.iter().any(|line| line.starts_with("out") && line.contains("20.0k")));
         assert!(lines.iter().any(|line| line.contains("node-0002")));
         assert!(lines.iter().any(|line| line.contains("replayed")));
+    }
+
+    #[test]
+    fn line_wider_than_terminal_ends_with_ellipsis() {
+        let out = |width| {
+            let lines = lines(&sample(1), (width, 40));
+            lines.into_iter().find(|line| line.starts_with("out")).unwrap()
+        };
+        let full = out(200);
+        let width = full.chars().count();
+        assert_eq!(out(width), full);
+        let cut = out(width - 1);
+        assert_eq!(cut.chars().count(), width - 1);
+        assert!(cut.ends_with('…'), "{cut}");
     }
 
     #[test]
