@@ -152,16 +152,15 @@ fn components(path: &Path) -> Vec<OsString> {
 /// of the checked directory.
 fn check_entry(path: &Path, is_parent: bool) -> io::Result<bool> {
     let found = std::fs::symlink_metadata(path)?;
-    let refused = |why: &str| {
-        let text = format!(
-            "{} {why}: use a directory that only root can change, such as /run/skein, or change its \
-             owner or mode",
-            path.display()
-        );
-        Err(io::Error::other(text))
+    let shown = path.display();
+    let refused = |why: String, command: &str| {
+        Err(io::Error::other(format!(
+            "{shown} {why}. Run {command} {shown}, or use another directory that only root can \
+             change."
+        )))
     };
     if !is_trusted(found.uid()) {
-        return refused("belongs to another user");
+        return refused(format!("belongs to another user ({})", found.uid()), "chown -h root");
     }
     if found.is_symlink() {
         return Ok(true);
@@ -169,7 +168,10 @@ fn check_entry(path: &Path, is_parent: bool) -> io::Result<bool> {
     let others = if found.gid() == 0 { 0o002 } else { 0o022 };
     let is_sticky = found.mode() & 0o1000 != 0;
     if found.mode() & others != 0 && !(is_parent && is_sticky) {
-        return refused("can be changed by other users");
+        let mode = found.mode() & 0o7777;
+        // The sticky bit suffices for a parent, which other users may need, as `/tmp`.
+        let command = if is_parent { "chmod +t" } else { "chmod go-w" };
+        return refused(format!("can be changed by other users (mode {mode:o})"), command);
     }
     Ok(false)
 }
@@ -208,6 +210,7 @@ mod tests {
         for (mode, gid) in [(0o777, 0), (0o1777, 0), (0o757, 0), (0o775, 65_534)] {
             let error = set(mode, gid).unwrap_err().to_string();
             assert!(error.contains("a/b"), "{error}");
+            assert!(error.contains(&format!("(mode {mode:o}). Run chmod go-w ")), "{error}");
         }
         // Members of root's group are trusted.
         set(0o775, 0).unwrap();
