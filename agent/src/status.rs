@@ -339,8 +339,8 @@ pub(crate) fn age(seconds: f64) -> String {
     let whole = seconds.max(0.0) as u64;
     match (whole / 86_400, whole / 3600 % 24, whole / 60 % 60, whole % 60) {
         (0, 0, 0, s) => format!("{s} s"),
-        (0, 0, m, s) => format!("{m} m {s} s"),
-        (0, h, m, _) => format!("{h} h {m} m"),
+        (0, 0, m, s) => format!("{m} min {s} s"),
+        (0, h, m, _) => format!("{h} h {m} min"),
         (d, h, ..) => format!("{d} d {h} h"),
     }
 }

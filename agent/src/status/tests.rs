@@ -107,7 +107,7 @@ fn status_contains_all_sections() {
     assert!(text.contains("unreachable: handshakes get no answer"));
     assert_eq!(line(&text, "ingress"), ["ingress", "replayed", "3"]);
     assert!(!text.contains("inner_source"), "Reasons without a drop must not be listed.");
-    assert!(text.contains("up 1 h 2 m"));
+    assert!(text.contains("up 1 h 2 min"));
 }
 
 #[test]
@@ -136,6 +136,8 @@ fn numbers_are_formatted_in_few_characters() {
     assert_eq!(count(u64::MAX), "18.4E");
     assert_eq!(bytes(10_240), "10.0 KiB");
     assert_eq!(age(90_061.0), "1 d 1 h");
+    assert_eq!(age(3_725.0), "1 h 2 min");
+    assert_eq!(age(125.0), "2 min 5 s");
 }
 
 #[test]
