@@ -32,8 +32,8 @@ pub(crate) fn failure(error: ClientError) -> Failure {
     match error {
         ClientError::Refused { kind: ErrorKind::InUse, message } => Failure::InUse(message),
         ClientError::Refused { kind: ErrorKind::Invalid, message } => Failure::Runtime(anyhow!(
-            "{message}. If the data process has an older version, replace it with skein-agent dataplane \
-             --take-over."
+            "{message}. If the data process is older than this command, run skein-agent dataplane \
+             --take-over, which replaces the data process."
         )),
         ClientError::Io(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
             Failure::Privilege(format!(

@@ -193,7 +193,8 @@ fn overlay(facts: &Facts, peer: &PeerReport, outer: Option<&RouteResult>, steps:
             "size",
             Note,
             format!(
-                "the path MTU is {path} of {mtu} bytes: longer packets are fragmented or rejected"
+                "the path MTU is {path} bytes, less than the {mtu} bytes of the interface. Longer \
+                 packets are fragmented or rejected"
             ),
         ),
         None => steps.add("size", Good, format!("packets of up to {mtu} bytes")),
