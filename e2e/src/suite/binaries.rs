@@ -23,7 +23,7 @@ const LONGEST: [&str; 7] = [
     "lifecycle::faults",
     "lifecycle::upgrade",
     "security::plaintext",
-    "offload::ladder",
+    "offload::fallbacks",
     "security::firewall_repair",
 ];
 

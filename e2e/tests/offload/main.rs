@@ -1,3 +1,3 @@
 //! Segmentation and checksum offloads, and their fallbacks.
 
-mod ladder;
+mod fallbacks;

@@ -154,10 +154,12 @@ fn add_state(ns: &Netns, from: &str, to: &str) -> Result<()> {
     skein_lab::process::run(command.args(XFRM_PARAMETERS.split(' ')).arg("")).map(drop)
 }
 
-/// Writes the number in place, because the agent's processes have mapped the file.
-fn set_number(file: &Path, number: i64) -> Result<()> {
+/// Writes the address for which the preloaded library refuses UDP_SEGMENT: an IPv4 address as an
+/// integer, or 0 for none. The file is written in place, because the agent's processes have mapped
+/// it.
+fn set_refused_address(file: &Path, address: i64) -> Result<()> {
     let file = fs::File::options().create(true).truncate(false).write(true).open(file)?;
-    Ok(file.write_all_at(&number.to_ne_bytes(), 0)?)
+    Ok(file.write_all_at(&address.to_ne_bytes(), 0)?)
 }
 
 impl Refusal {
@@ -168,7 +170,7 @@ impl Refusal {
             return Ok(Self::Ipsec);
         }
         let file = directory.join("refuse-gso");
-        set_number(&file, 0)?;
+        set_refused_address(&file, 0)?;
         agent.preload("refuse_gso")?;
         let name = file.to_string_lossy().into_owned();
         agent.environment.push(("SKEIN_REFUSE_GSO".to_owned(), name));
@@ -196,14 +198,16 @@ impl Refusal {
                 let policy = format!("xfrm policy add dir out src {from} dst {to} proto udp");
                 a.ns.ip(&(policy + " tmpl proto esp reqid 1 mode transport")).map(drop)
             }
-            Refusal::Preloaded(file) => set_number(file, to.parse::<Ipv4Addr>()?.to_bits().into()),
+            Refusal::Preloaded(file) => {
+                set_refused_address(file, to.parse::<Ipv4Addr>()?.to_bits().into())
+            }
         }
     }
 
     fn stop(&self, lab: &Lab) -> Result<()> {
         match self {
             Refusal::Ipsec => lab.nodes[0].ns.ip("xfrm policy flush").map(drop),
-            Refusal::Preloaded(file) => set_number(file, 0),
+            Refusal::Preloaded(file) => set_refused_address(file, 0),
         }
     }
 }
