@@ -74,7 +74,7 @@ fn up(options: &Up) -> Result<()> {
          {bin}/kubectl get nodes\n  \
          {bin}/helm install …\n  \
          {bin}/node1 sh\n\n\
-         KUBECONFIG={}, reached from `ip netns exec {}`.\n\
+         KUBECONFIG={}. Commands in `ip netns exec {}` reach the API server.\n\
          Ctrl-C removes everything.",
         kube.kubectl(&["get", "nodes", "--output=wide"])?,
         programs::BUSYBOX,

@@ -29,7 +29,7 @@ enum Command {
     Scale(bench::scale::Options),
     /// Run mixed traffic under injected faults and check its content and the agents' resources
     Soak(soak::Options),
-    /// Take over between an earlier commit and this tree under traffic
+    /// Test take-overs between agents of an earlier commit and of this tree, under traffic
     Versions(versions::Options),
     /// Start a Kubernetes cluster, or run tests on one
     #[command(subcommand)]

@@ -16,7 +16,8 @@ use skein_lab::load::transfer::Transfer;
 use skein_lab::{Family, Lab, Plan, registry};
 use skein_lab::{cargo, checks, programs};
 
-/// Last commit before the serialised items were renamed.
+/// Last commit before the code's names for the fields of messages and stored files changed. The
+/// serialised names did not change.
 const EARLIER_COMMIT: &str = "19ee88e9";
 /// Size of the transfer that runs during a take-over, bytes, and its rate, bytes per second.
 const TRANSFER: (u64, u64) = (60 << 20, 20 << 20);

@@ -62,7 +62,7 @@ pub struct Options {
     /// File with further lines for Nebula's configuration (YAML)
     #[arg(long)]
     nebula_extra: Option<PathBuf>,
-    /// Earlier results.json whose tables and plots to write again, without a measurement
+    /// Earlier results.json to print as tables and plots again, without a measurement
     #[arg(long)]
     again: Option<PathBuf>,
 }

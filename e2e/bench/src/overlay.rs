@@ -37,7 +37,8 @@ pub enum Variant {
     Full,
     /// Configuration with one changed setting, an index in [`SETTINGS`].
     With(usize),
-    /// Configuration with every switch of [`SETTINGS`] off: offloads, bundling and seccomp.
+    /// Configuration with every switch of [`SETTINGS`] off: offloads, bundling and seccomp. Tables
+    /// call it `skein-no-offload`.
     Bare,
 }
 

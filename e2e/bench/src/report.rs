@@ -42,8 +42,8 @@ fn head(results: &Results) -> String {
     let rounds = results.samples.iter().map(|s| s.round).max().unwrap_or(0);
     let mut text = format!(
         "# Benchmark\n\n{} CPUs ({}), Linux {}, load {:.2} before the start. Traffic between pods on \
-         one host, whose CPUs clients, servers and daemons share. Medians over rounds ({rounds}) of \
-         {} s.\n",
+         one host. Clients, servers and daemons share its CPUs. Medians over rounds ({rounds}) of {} \
+         s.\n",
         machine.cpus, machine.processor, machine.kernel, machine.load, results.seconds
     );
     for (overlay, version) in &machine.versions {

@@ -68,8 +68,8 @@ pub fn run(options: &Options) -> Result<()> {
     table.set_header([
         "records",
         "start s",
-        "control MiB",
-        "data MiB",
+        "control RSS MiB",
+        "data RSS MiB",
         "change ms",
         "CPU ms per change",
         "pings lost",

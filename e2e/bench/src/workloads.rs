@@ -125,6 +125,7 @@ fn request_response(network: &Network, seconds: u32) -> Result<Values> {
     let to = SocketAddr::new(b.address(Family::V4), 7001);
     let meter = Meter::start(network);
     let outcome = rr::run(&a.ns, &b.ns, to, Duration::from_secs(seconds.into()))?;
+    // The count excludes the first tenth of the duration.
     let rate = outcome.count as f64 / (0.9 * f64::from(seconds));
     let count = rate * meter.seconds();
     let values = meter.stop(count, rate);

@@ -27,32 +27,33 @@ pub(super) struct Ranges {
     /// Pods and Services have an address of each family.
     pub(super) dual_stack: bool,
     /// The version is 1.31 or later instead of 1.20.
-    pub(super) current: bool,
+    pub(super) is_1_31_or_later: bool,
 }
 
 impl Ranges {
-    pub(super) fn new(dual_stack: bool, current: bool) -> Self {
+    pub(super) fn new(dual_stack: bool, is_1_31_or_later: bool) -> Self {
         match dual_stack {
             false => Self {
                 pods: "10.244.0.0/16",
                 services: "10.96.0.0/16",
                 api: "10.96.0.1",
                 dual_stack,
-                current,
+                is_1_31_or_later,
             },
             true => Self {
                 pods: "10.244.0.0/16,fd00:10:244::/56",
                 services: "10.96.0.0/16,fd00:10:96::/112",
                 api: "10.96.0.1",
                 dual_stack,
-                current,
+                is_1_31_or_later,
             },
         }
     }
 
     /// Returns the feature gate of dual stack, which is an alpha feature in Kubernetes 1.20.
     fn gates(&self) -> Option<String> {
-        (self.dual_stack && !self.current).then(|| "--feature-gates=IPv6DualStack=true".to_owned())
+        (self.dual_stack && !self.is_1_31_or_later)
+            .then(|| "--feature-gates=IPv6DualStack=true".to_owned())
     }
 
     /// Returns the value of kubelet's option `--node-ip`.
@@ -150,7 +151,7 @@ pub(super) fn kubelet(node: &str, ranges: &Ranges, number: u8) -> Vec<String> {
         format!("--node-ip={}", ranges.node_ip(number)),
         "--v=2".to_owned(),
     ]);
-    if !ranges.current {
+    if !ranges.is_1_31_or_later {
         all.extend(words([
             "--container-runtime=remote".to_owned(),
             format!("--container-runtime-endpoint={RUNTIME}"),
@@ -193,7 +194,7 @@ pub(super) fn kubelet_settings(ranges: &Ranges) -> Value {
         "nodeStatusUpdateFrequency": "4s",
         "serializeImagePulls": false,
     });
-    if ranges.current {
+    if ranges.is_1_31_or_later {
         settings["containerRuntimeEndpoint"] = json!(RUNTIME);
         settings["volumePluginDir"] = json!(VOLUME_PLUGINS);
         // The machines have cgroup version 1.

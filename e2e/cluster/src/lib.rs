@@ -197,7 +197,8 @@ impl Kube {
         }
     }
 
-    /// Waits until all these nodes are Ready (`ready`), or until none of them is.
+    /// Waits until all these nodes are Ready if `ready` is true, or until none of them is Ready if
+    /// `ready` is false.
     ///
     /// # Errors
     /// Those of [`Kube::wait`].

@@ -38,8 +38,8 @@ pub fn v6(number: u8) -> Ipv6Addr {
     Ipv6Addr::new(0xfd00, 0x172, 0x30, 0, 0, 0, 0, number.into())
 }
 
-/// A machine of a cluster. It loses power when the value is dropped, and when the thread exits that
-/// switched it on.
+/// A machine of a cluster. The machine loses power when the value is dropped, and when the thread
+/// that switched the machine on exits.
 #[derive(Debug)]
 pub struct Machine {
     name: String,
@@ -287,7 +287,7 @@ impl Machine {
         found.with_context(|| format!("no daemon {name}"))
     }
 
-    /// Starts a daemon, which the caller has stopped.
+    /// Starts a daemon. The daemon must not be running.
     ///
     /// # Errors
     /// If the machine is switched off, or if the daemon exits at once.

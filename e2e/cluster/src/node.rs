@@ -67,7 +67,7 @@ impl Node {
         let name = node.name().to_owned();
         let files = node.disk_path(NODE_FILES);
         fs::create_dir_all(&files)?;
-        let containerd = if ranges.current { CONTAINERD_2 } else { CONTAINERD };
+        let containerd = if ranges.is_1_31_or_later { CONTAINERD_2 } else { CONTAINERD };
         fs::write(files.join("containerd.toml"), containerd)?;
         fs::write(files.join("kubelet.json"), daemons::kubelet_settings(ranges).to_string())?;
         fs::copy(pki.path("ca.crt"), files.join("ca.crt"))?;

@@ -11,7 +11,8 @@ use anyhow::{Context as _, Result};
 /// Directory in which the cgroup hierarchies are mounted.
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// Maximum time until the kernel lets a cgroup be removed whose last process was killed.
+/// Maximum time between the kill of a cgroup's processes and the removal of the cgroup, which the
+/// kernel refuses until the processes have exited.
 const REMOVE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Returns the mounted hierarchies: one of cgroup version 2, or one per controller of version 1.

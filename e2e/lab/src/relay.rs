@@ -17,9 +17,11 @@ use super::{Lab, Netns, Task, UNDERLAY, link};
 use crate::load::capture::Frame;
 use crate::load::pattern::Pattern;
 
-/// Maximum time of a receive call while no frame is delayed, and so until a stop is noticed.
+/// Timeout of a receive call while no frame is delayed. A stop request takes effect within this
+/// time.
 const STOP_POLL_INTERVAL: Duration = Duration::from_millis(20);
-/// Maximum time of a receive call while frames are delayed, and so the error of a delay.
+/// Timeout of a receive call while frames are delayed. A frame leaves at most this much later than
+/// its delay requires.
 const DELAY_POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 const ETH_P_ALL: u16 = 0x0003;

@@ -35,22 +35,24 @@ impl Report {
         *self.docs.entry(package.to_owned()).or_default() += 1;
     }
 
-    /// Notes a hit of a rule whose limit is a share of a crate's doc comments.
+    /// Records a hit of a rule whose limit is a share of a crate's doc comments. `path` is the path
+    /// of the file.
     pub(crate) fn doc_hit(
         &mut self,
         rule: &'static str,
         package: &str,
-        name: &str,
+        path: &str,
         line: usize,
         text: &str,
     ) {
         *self.crate_hits.entry((rule, package.to_owned())).or_default() += 1;
-        self.hit(rule, name, line, text);
+        self.hit(rule, path, line, text);
     }
 
-    /// Notes a hit of a rule whose limit is a number for the whole tree.
-    pub(crate) fn hit(&mut self, rule: &'static str, name: &str, line: usize, text: &str) {
-        self.found.entry(rule).or_default().push(format!("{name}:{line}: {text}"));
+    /// Records a hit of a rule whose limit is a number for the whole tree. `path` is the path of
+    /// the file.
+    pub(crate) fn hit(&mut self, rule: &'static str, path: &str, line: usize, text: &str) {
+        self.found.entry(rule).or_default().push(format!("{path}:{line}: {text}"));
     }
 
     fn hits_in_crate(&self, rule: &'static str, package: &str) -> usize {

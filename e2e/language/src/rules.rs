@@ -70,7 +70,7 @@ const EXPRESSIONS: [&str; 13] = [
     "times a minute",
     "beside",
 ];
-/// Names of constants that do not say what they bound.
+/// Forbidden names of constants. These names do not say which quantity the constant limits.
 const VAGUE_CONSTANTS: [&str; 10] = [
     "PATIENCE",
     "LOOK",
@@ -178,8 +178,9 @@ fn contains_expression(text: &str, expression: &str) -> bool {
     })
 }
 
-/// Checks one Markdown file. Tables, code blocks and lines with a link are not wrapped.
-pub(crate) fn check_markdown(name: &str, text: &str, report: &mut Report) {
+/// Checks the width of the lines of one Markdown file. Tables, code blocks and lines with a link
+/// are exempt. `path` is the path of the file.
+pub(crate) fn check_markdown(path: &str, text: &str, report: &mut Report) {
     let mut in_code = false;
     for (number, line) in (1..).zip(text.lines()) {
         if line.trim_start().starts_with("```") {
@@ -187,7 +188,7 @@ pub(crate) fn check_markdown(name: &str, text: &str, report: &mut Report) {
         }
         let exempt = in_code || line.starts_with('|') || line.contains("](");
         if !exempt && line.chars().count() > MARKDOWN_WIDTH {
-            report.hit("wide Markdown", name, number, line);
+            report.hit("wide Markdown", path, number, line);
         }
     }
 }

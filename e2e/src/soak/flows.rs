@@ -103,8 +103,8 @@ impl<'scope> Flows<'scope> {
         flows
     }
 
-    /// Returns the longest pause of any connection that ended since the last call, and starts a new
-    /// measurement.
+    /// Returns the longest pause on any connection, and starts a new measurement. Only pauses that
+    /// ended since the last call count.
     pub(super) fn take_longest_pause(&self) -> Duration {
         self.connections()
             .map(|stats| stats.progress.take_longest_pause())
@@ -209,10 +209,10 @@ impl Flow<'_> {
         // Receive the datagrams that are still in queues.
         thread::sleep(Duration::from_secs(1));
         let outcome = receiver.stop()?;
-        let load = Ordering::Relaxed;
-        stats.done.fetch_add(outcome.received - outcome.corrupt, load);
-        stats.lost.fetch_add(sent.saturating_sub(outcome.received), load);
-        stats.wrong.fetch_add(outcome.corrupt, load);
+        let relaxed = Ordering::Relaxed;
+        stats.done.fetch_add(outcome.received - outcome.corrupt, relaxed);
+        stats.lost.fetch_add(sent.saturating_sub(outcome.received), relaxed);
+        stats.wrong.fetch_add(outcome.corrupt, relaxed);
         ensure!(outcome.doubled == 0, "datagrams that arrived twice: {}", outcome.doubled);
         Ok(())
     }

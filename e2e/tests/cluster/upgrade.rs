@@ -21,7 +21,7 @@ const NEXT: &str = "skein-next";
 
 #[test]
 #[ignore = "takes a cluster: cargo e2e cluster test"]
-fn second_pod_takes_over_only_where_it_fits() -> Result<()> {
+fn second_pod_takes_over_only_with_valid_configuration() -> Result<()> {
     skein::with(&Options::default(), &["podCidr=10.244.0.0/16"], |kube, pods| {
         wait_until_all_reach_all(kube, &pods, Duration::from_secs(10))?;
         for wrong in &WRONG {
@@ -164,7 +164,9 @@ fn deleted_pod_gives_the_node_back(kube: &mut Kube, pods: &[Pod], moment: Durati
     Ok(())
 }
 
-/// Checks that the successor of the old pod takes over from a pod that is being deleted.
+/// Upgrades the first node to the pod `skein-next`, and deletes the DaemonSet's pod. Then rolls
+/// back: the DaemonSet creates a new pod, which takes over from `skein-next`, and `skein-next` is
+/// deleted.
 fn upgrade_and_rollback(kube: &mut Kube, pods: &[Pod], delay: Duration) -> Result<()> {
     let pings = pods[0].start_pings(kube, pods[1].ips[0], 60_000, PING_INTERVAL)?;
     start_next(kube, |text| text)?;
@@ -173,7 +175,7 @@ fn upgrade_and_rollback(kube: &mut Kube, pods: &[Pod], delay: Duration) -> Resul
     let old = agent_pod(kube, 0)?;
     kube.kubectl(&["--namespace", NAMESPACE, "delete", "pod", &old, "--wait=false"])?;
     thread::sleep(delay);
-    kube.wait("the DaemonSet has another pod there", KUBELET_TIMEOUT, |kube| {
+    kube.wait("the DaemonSet has a new pod on the node", KUBELET_TIMEOUT, |kube| {
         Ok(agent_pod(kube, 0).is_ok_and(|name| !name.is_empty() && name != old))
     })?;
     let last = agent_pod(kube, 0)?;

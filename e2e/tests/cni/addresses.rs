@@ -38,13 +38,16 @@ fn addresses_run_out_and_come_back() -> Result<()> {
     let metrics = cluster.agents[0].metrics()?;
     ensure!(
         metrics.sum("skein_ipam_addresses", &["state=\"used\""]) == 5.0,
-        "Not 5 addresses are in use: {}",
+        "The number of used addresses is not 5: {}",
         metrics.0
     );
     runtime.del("p2", None)?;
     let result = runtime.add("late", &ns)?;
     let freed = pods[2].v4;
-    ensure!(cni::addresses(&result)? == [IpAddr::V4(freed)], "Not {freed}, but: {result}");
+    ensure!(
+        cni::addresses(&result)? == [IpAddr::V4(freed)],
+        "The late pod did not get {freed}: {result}"
+    );
     Ok(())
 }
 
@@ -57,7 +60,7 @@ fn reboot_releases_every_address() -> Result<()> {
     let used = |agent: &Agent| -> Result<f64> {
         Ok(agent.metrics()?.sum("skein_ipam_addresses", &["state=\"used\""]))
     };
-    // Both interfaces are gone; one of the namespaces exists again.
+    // Both interfaces are deleted. The namespace of `a` still exists, that of `b` does not.
     cluster.agents[0].stop()?;
     for pod in [&a, &b] {
         node(&cluster, 0).ip(&format!("link delete {}", pod.host_interface))?;

@@ -99,7 +99,7 @@ fn marks_reach_pods(underlay: Family) -> Result<()> {
 }
 
 #[test]
-fn node_without_ecn_receives_not_ect_and_ignores_marks() -> Result<()> {
+fn node_without_ecn_ignores_marks_and_gets_no_ect() -> Result<()> {
     let mut cluster = Cluster::prepare(Lab::new(&Plan::default())?, Family::V4)?;
     cluster.agents[1].set("offload.udp_ecn", false);
     cluster.start()?;

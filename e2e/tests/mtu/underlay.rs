@@ -104,7 +104,7 @@ fn mtu_with_multipath_default_route_survives_restarts() -> Result<()> {
 }
 
 #[test]
-fn mtu_is_of_path_to_peers_not_of_management_network() -> Result<()> {
+fn mtu_follows_path_to_peers_not_management_network() -> Result<()> {
     let mut cluster = prepare(Family::V4)?;
     let node = cluster.lab.nodes[0].ns.name().to_owned();
     for (mtu, expected) in [(1400, 1440), (9000, 1440)] {

@@ -134,7 +134,11 @@ impl Loss {
 impl std::fmt::Display for Loss {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { sent, lost, longest } = self;
-        write!(f, "{lost} of {sent} pings lost, {} ms in a row", longest.as_millis())
+        write!(
+            f,
+            "{lost} of {sent} pings lost, longest series of lost pings: {} ms",
+            longest.as_millis()
+        )
     }
 }
 
