@@ -97,7 +97,7 @@ impl MemoryLimit {
 }
 
 /// Removes a cgroup and those below it, the deepest first, and returns whether all are removed. The
-/// files in a cgroup belong to the kernel and go with the directory.
+/// kernel removes the files in a cgroup together with the directory.
 fn remove_tree(cgroup: &Path) -> bool {
     directories(cgroup).iter().all(|below| remove_tree(below)) && fs::remove_dir(cgroup).is_ok()
 }

@@ -24,7 +24,7 @@ pub fn path() -> PathBuf {
 /// Runs helm with `settings` (`--set`) and returns its exit code and output.
 ///
 /// # Errors
-/// If helm cannot be had, or does not exit within 120 s.
+/// If helm can be neither found nor fetched, or does not exit within 120 s.
 pub fn helm(arguments: &[&str], settings: &[&str]) -> Result<Finished> {
     let mut helm = Command::new(programs::helm()?);
     // The user's repositories and plugins must not change the result.
@@ -39,7 +39,7 @@ pub fn helm(arguments: &[&str], settings: &[&str]) -> Result<Finished> {
 /// Renders the chart for a version of Kubernetes and returns the YAML documents.
 ///
 /// # Errors
-/// If helm cannot be had, or refuses the settings.
+/// If helm can be neither found nor fetched, or refuses the settings.
 pub fn render(settings: &[&str], version: &str) -> Result<String> {
     let chart = path().to_string_lossy().into_owned();
     let mut arguments = vec!["template", "skein", &chart, "--namespace", "net"];
@@ -65,7 +65,7 @@ pub fn object<'a>(objects: &'a [Value], kind: &str, name: &str) -> Result<&'a Va
 /// Renders the chart for Kubernetes 1.34 and returns its objects.
 ///
 /// # Errors
-/// If helm cannot be had, or refuses the settings.
+/// If helm can be neither found nor fetched, or refuses the settings.
 pub fn rendered(settings: &[&str]) -> Result<Vec<Value>> {
     programs::yaml(&render(settings, "1.34")?)
 }

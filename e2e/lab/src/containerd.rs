@@ -30,8 +30,8 @@ pub struct Containerd {
 }
 
 impl Containerd {
-    /// Starts containerd for the node of `agent`, whose CNI plugin and network configuration list
-    /// it uses.
+    /// Starts containerd for the node of `agent`. containerd uses the CNI plugin and the network
+    /// configuration list of this agent.
     ///
     /// # Errors
     /// If containerd does not answer after 20 s, or if the image cannot be made or imported.

@@ -1,5 +1,5 @@
-//! Named network namespaces. Dropping the value kills all processes in the namespace and removes
-//! it.
+//! Named network namespaces. Dropping a value kills all processes in its namespace and removes the
+//! namespace.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};

@@ -55,9 +55,9 @@ fn registry() -> MutexGuard<'static, CleanupRegistry> {
     REGISTRY.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Removes leftovers of dead processes ([`sweep`]), and starts a thread that removes everything
-/// that this process makes when SIGINT, SIGTERM or SIGHUP arrives. Only the first call in a process
-/// has an effect.
+/// Removes leftovers of dead processes ([`sweep`]), and starts a thread that waits for SIGINT,
+/// SIGTERM or SIGHUP. When a signal arrives, the thread removes everything that this process has
+/// made. Only the first call in a process has an effect.
 pub fn prepare() {
     PREPARE.call_once(|| {
         sweep();
@@ -92,7 +92,7 @@ pub(super) fn register_namespace(label: &str) -> Result<String> {
     Ok(name)
 }
 
-/// Kills all processes in a namespace and removes it.
+/// Kills all processes in a namespace and removes the namespace.
 pub(super) fn remove_namespace(name: &str) {
     delete_namespace(name);
     registry().namespaces.retain(|n| n != name);
@@ -219,7 +219,8 @@ fn remove_everything() {
     std::mem::forget(registry);
 }
 
-/// Removes everything that laboratories of dead processes left on the host, and returns its names.
+/// Removes everything that laboratories of dead processes left on the host, and returns the
+/// names of the removed items.
 pub fn sweep() -> Vec<String> {
     let mut removed = vec![];
     if let Err(error) = home() {

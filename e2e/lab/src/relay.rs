@@ -211,7 +211,7 @@ impl Direction {
     }
 }
 
-/// Returns whether an error passes by itself: no frame, a full queue, an interface that is down.
+/// Returns whether an error is temporary: no frame, a full queue, an interface that is down.
 fn is_transient(error: &std::io::Error) -> bool {
     use rustix::io::Errno;
     let codes = [Errno::NOBUFS, Errno::NETDOWN, Errno::INTR].map(Errno::raw_os_error);

@@ -1,4 +1,7 @@
 //! Addresses of pods: exhaustion, reboots, lost state, full disks.
+//!
+//! [`traces`] lists what pods leave on a node (interfaces, routes, rules and so on); [`same`]
+//! compares the list after a test with the list before.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;

@@ -1,4 +1,7 @@
 //! Attachment of pods by the CNI plugin, and traffic of attached pods.
+//!
+//! [`traces`] lists what pods leave on a node (interfaces, routes, rules and so on); [`same`]
+//! compares the list after a test with the list before.
 
 use std::collections::BTreeSet;
 use std::thread;

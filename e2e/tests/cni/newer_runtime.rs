@@ -1,4 +1,7 @@
 //! A current container runtime (containerd 2, runc 1.3 of a newer Debian suite) with the plugin.
+//!
+//! [`traces`] lists what pods leave on a node (interfaces, routes, rules and so on); [`same`]
+//! compares the list after a test with the list before.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;

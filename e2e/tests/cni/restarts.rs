@@ -1,4 +1,7 @@
 //! Pods that are added and deleted while the agent stops, is stopped, or starts.
+//!
+//! [`traces`] lists what pods leave on a node (interfaces, routes, rules and so on); [`same`]
+//! compares the list after a test with the list before.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;

@@ -1,4 +1,7 @@
 //! The plugin as containerd (by ctr and by the CRI) and libcni call it.
+//!
+//! [`traces`] lists what pods leave on a node (interfaces, routes, rules and so on); [`same`]
+//! compares the list after a test with the list before.
 
 use std::fs;
 use std::net::IpAddr;

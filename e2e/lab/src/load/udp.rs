@@ -268,7 +268,7 @@ pub fn send_from(
     }
 }
 
-/// Returns whether an error passes by itself: a full queue, no route, or no receiver.
+/// Returns whether an error is temporary: a full queue, no route, or no receiver.
 fn is_transient(error: &std::io::Error) -> bool {
     use rustix::io::Errno;
     let codes = [Errno::NOBUFS, Errno::AGAIN, Errno::NETUNREACH, Errno::HOSTUNREACH];
