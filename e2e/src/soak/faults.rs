@@ -1,5 +1,5 @@
-//! Faults that the soak test injects. Each one ends by itself, after which traffic must continue
-//! without help.
+//! Faults that the soak test injects. Each fault ends after a limited time. Then traffic must
+//! continue without an intervention.
 
 use std::fmt;
 use std::thread;
@@ -18,8 +18,8 @@ use skein_lab::{Family, Lab, UNDERLAY};
 /// Maximum time until the processes run again after a fault.
 const RECOVERY_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Index of the node whose data process is external, as in the chart. Only its processes are taken
-/// over.
+/// Index of the node whose data process is external, as in the chart. Faults with a take-over use
+/// the processes of this node only.
 const EXTERNAL: usize = 0;
 
 /// A kind of fault. The text of `Display` names it in tables and messages.

@@ -45,7 +45,7 @@ fn chart_installs_and_removes_the_network_of_a_cluster() -> Result<()> {
         ensure!(*owner == "Node", "The owner of the record is a {owner}: {node}");
         let condition = &node["status"]["conditions"][0];
         ensure!(condition["status"] == "True", "The condition is not True: {condition}");
-        agents_may_do_what_they_do(kube)?;
+        agents_have_needed_rights_only(kube)?;
         service(kube, &pods)?;
         foreign_records_are_refused(kube, &pods)?;
         nothing_is_written_again(kube)?;
@@ -62,8 +62,9 @@ fn chart_installs_and_removes_the_network_of_a_cluster() -> Result<()> {
     })
 }
 
-/// Checks that the role has the right to write Events, which agents write only about problems.
-fn agents_may_do_what_they_do(kube: &Kube) -> Result<()> {
+/// Checks the rights of the agents' role: the needed rights exist, and others do not. Agents write
+/// Events only about problems, so no other part of the test uses that right.
+fn agents_have_needed_rights_only(kube: &Kube) -> Result<()> {
     let may = |what: &str| {
         let account = "--as=system:serviceaccount:kube-system:skein";
         let words = ["auth", "can-i"].into_iter().chain(what.split(' ')).chain([account]);
@@ -274,8 +275,8 @@ fn a_pod_takes_over_from_another(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     wait_for_agent(kube, 0)
 }
 
-/// Checks that traffic continues for a minute without an API server, and that an agent that is
-/// killed meanwhile starts with the records that it stored.
+/// Checks that traffic continues for a minute without an API server. An agent that is killed during
+/// this minute must start with its stored records.
 fn the_api_server_is_stopped(kube: &mut Kube, pods: &[Pod]) -> Result<()> {
     kube.stop_api_server()?;
     let pings = pods[0].start_pings(kube, pods[1].ips[0], 600, Duration::from_millis(100))?;

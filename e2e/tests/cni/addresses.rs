@@ -221,7 +221,7 @@ fn leases_of_deleted_namespaces_are_collected() -> Result<()> {
     }});
     let (code, text) = runtime.refused("CHECK", with, previous)?;
     ensure!(code >= 3, "CHECK returned code {code}: {text}");
-    // A GC that names no attachment keeps those whose namespace exists: b and c.
+    // A GC that names no attachment keeps the attachments of existing namespaces: b and c.
     let none = json!({ "cni.dev/valid-attachments": [] });
     runtime.done("GC", None, none.clone())?;
     ensure!(used()? == 4.0, "{} addresses are in use instead of 4.", used()?);

@@ -52,8 +52,9 @@ impl Scene {
         node(&self.cluster, 0)
     }
 
-    /// Closes the chains of the first node, as a service does that is started again: at no moment
-    /// does a chain lack its policy. A rule of the other program remains active.
+    /// Closes the chains of the first node, as a restarted service does. The commands are one
+    /// transaction, so that a chain has its policy at every moment. Each chain has one rule of the
+    /// other program, which drops the port [`DROPPED_PORT`].
     fn close(&self) -> Result<()> {
         CHAINS.iter().try_for_each(|chain| {
             let table = chain.trim_end_matches(" FORWARD");
@@ -85,9 +86,9 @@ impl Scene {
         checks::eventually(what, checks::EVENT_TIMEOUT, || Ok(self.rules()? == [3, 3])).map(drop)
     }
 
-    /// Checks which packets pass the chains: with the agent's rules (`open`) those of pods and to a
-    /// hostPort, without them none; never those that another program drops, and never those of a
-    /// machine outside to a pod's address.
+    /// Checks which packets pass the chains. With the agent's rules (`open`), packets of pods and
+    /// packets to a hostPort pass. Without the rules, no packet passes. Packets that another
+    /// program drops, and packets from an outside machine to a pod's address, never pass.
     fn filters(&self, open: bool) -> Result<()> {
         let Self { cluster, a, b, .. } = self;
         let outside = outside(cluster)?;

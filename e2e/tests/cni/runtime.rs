@@ -339,8 +339,8 @@ fn other_plugins_of_the_chain_take_effect() -> Result<()> {
         let found = ns.sh(&format!("sysctl -n {key}"))?;
         ensure!(found.trim() == value, "{key} is {found} instead of {value}.");
     }
-    // bandwidth, on the node: the limit of received traffic is on the pod's link, that of sent
-    // traffic on an IFB interface.
+    // The plugin bandwidth limits the pod's received traffic on the pod's link, and the pod's sent
+    // traffic on an IFB interface. Both are on the node.
     let queues = node.sh("tc qdisc show")?;
     let queue = |rate: &str| queues.lines().find(|l| l.contains("tbf") && l.contains(rate));
     let (inward, outward) = (queue("rate 8Mbit"), queue("rate 4Mbit"));

@@ -14,7 +14,7 @@ use crate::start_errors::prepared;
 #[test]
 fn changed_endpoint_takes_effect_without_loss() -> Result<()> {
     let mut cluster = prepared()?;
-    // Node b listens on all addresses, those that are added later included.
+    // Node b listens on all addresses, also on addresses that are added later.
     let any = vec!["0.0.0.0".to_owned()];
     cluster.agents[1].set("underlay.addresses", any);
     cluster.start()?;

@@ -14,8 +14,8 @@ use skein_lab::{Family, Netns, checks, process};
 
 use crate::border::{Border, PORT};
 
-/// Returns the lines of the table in alphabetical order: a chain that was added later is listed
-/// last, and in its place after the table was created again.
+/// Returns the lines of the table in alphabetical order, because nft lists a chain that was added
+/// later at the end, and at another place after the table was created again.
 fn table_lines(node: &Netns) -> Result<Vec<String>> {
     let text = node.sh("nft --stateless list table inet skein")?;
     let mut lines: Vec<_> = text.lines().map(str::to_owned).collect();
