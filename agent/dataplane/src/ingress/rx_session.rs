@@ -58,8 +58,10 @@ impl RxSession {
         let begin = || Box::new(ReplayWindow::after(self.session.next_counter(header.lane)));
         let window = window.get_or_insert_with(begin);
         window.check_and_set(header.counter)?;
-        if window.next_counter() == header.counter {
-            self.session.set_next_counter(header.lane, header.counter);
+        // Only a new highest counter changes the stored value.
+        let next = window.next_counter();
+        if next == header.counter.saturating_add(1) {
+            self.session.set_next_counter(header.lane, next);
         }
         self.session.confirm();
         Ok(())

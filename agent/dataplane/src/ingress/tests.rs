@@ -5,13 +5,14 @@
 use std::collections::BTreeMap;
 use std::net::UdpSocket;
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use proptest::prelude::*;
 use skein_core::PrivateKey;
 use skein_core::time::Time;
 use skein_core::tunnel::message::{COOKIE_REPLY_LEN, MIN_RESPONSE_LEN};
-use skein_core::tunnel::{Ciphers, Engine, EngineConfig, HandshakeFilter, PeerConfig};
+use skein_core::tunnel::{Ciphers, Engine, EngineConfig, HandshakeFilter, PeerConfig, SessionSlot};
 use skein_core::wire::header::CONTROL_LANE;
 
 use super::rx_session::{CONTROL_RATE, receiver};
@@ -71,6 +72,50 @@ fn control_messages_are_checked_and_limited_by_session() {
     assert_eq!(rx.check_control(later, &mut ping()), Err(DropReason::ManagerQueue));
     let end = Duration::from_secs(180);
     assert_eq!(rx.check_control(end, &mut ping()), Err(DropReason::SessionExpired));
+}
+
+/// A slot that stores the counter of one lane in memory. Clones share the counter.
+#[derive(Clone, Default)]
+struct MemorySlot(Arc<AtomicU64>);
+
+impl SessionSlot for MemorySlot {
+    fn next_counter(&self, _: u8) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn set_next_counter(&self, _: u8, next: u64) {
+        self.0.store(next, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn restored_session_refuses_data_of_earlier_process() {
+    let slot = MemorySlot::default();
+    let restore = || {
+        let session = Session::new(testing::session_params(7, true)).unwrap();
+        RxSession::new(&Arc::new(session.with_slot(Some(Box::new(slot.clone())))))
+    };
+    let theirs = Session::new(testing::session_params(7, false)).unwrap();
+    let seal = || {
+        let mut out = vec![0; 8 + HEADER_LEN + TAG_LEN];
+        theirs.sender(0).unwrap().seal(Flags::default(), &[1; 8], &mut out).unwrap();
+        out
+    };
+    let open = |rx: &mut RxSession, datagram: &[u8]| {
+        let mut datagram = datagram.to_vec();
+        let header = Header::parse(&datagram).unwrap();
+        rx.open_data(Duration::from_secs(1), header, &mut datagram)
+    };
+    let datagrams = [seal(), seal(), seal()];
+    let mut earlier = restore();
+    for index in [0, 2, 1] {
+        assert_eq!(open(&mut earlier, &datagrams[index]), Ok(()), "{index}");
+    }
+    let mut later = restore();
+    for datagram in &datagrams {
+        assert_eq!(open(&mut later, datagram), Err(DropReason::Replayed));
+    }
+    assert_eq!(open(&mut later, &seal()), Ok(()), "A new datagram must pass.");
 }
 
 /// Receives `datagrams` in a lane, `age` seconds after the session was established. Returns the
