@@ -146,7 +146,8 @@ impl Controller {
                 Err(error) => tracing::error!(table, %error, "nftables table not removed"),
             }
         }
-        let policy = policy::start(&config, &published.readiness).await?;
+        let policy =
+            policy::start(&config, &published.readiness, notifications.as_ref().ok()).await?;
         published.policy.send_replace(policy.clone());
         let wanted = desired.interface(&config, &[]);
         let interface = wanted.ensure_device(&netlink, &links).await.map_err(interface_failure)?;

@@ -102,7 +102,10 @@ impl Attachments {
             return;
         }
         let is_concerned = |identity: &Identity| match identity {
-            Identity::Known(id) => changed.pods.contains(id),
+            // In static mode, a changed namespace object may be gone.
+            Identity::Known(id) => {
+                changed.pods.contains(id) || (self.is_static && changed.policies)
+            }
             Identity::Unlabelled(_) | Identity::WithoutPolicies | Identity::Unknown => true,
         };
         let concerned: Vec<_> = self
@@ -120,15 +123,18 @@ impl Attachments {
         if new != old {
             self.forget(&old, objects);
         }
+        if let Identity::Known(id) | Identity::Unlabelled(id) = &new
+            && self.is_static
+            && objects.engine.inventory().namespace(&id.namespace).is_none()
+        {
+            objects.engine.set_namespace(&id.namespace, &Labels::new());
+        }
         match &new {
             Identity::Known(id) => {
                 add_addresses(id, &attachment.addresses, objects);
                 objects.engine.attach(interface, id.clone());
             }
             Identity::Unlabelled(id) => {
-                if objects.engine.inventory().namespace(&id.namespace).is_none() {
-                    objects.engine.set_namespace(&id.namespace, &Labels::new());
-                }
                 let info = PodInfo {
                     labels: Arc::default(),
                     ports: Arc::default(),

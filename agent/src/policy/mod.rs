@@ -19,6 +19,7 @@ mod store;
 mod table;
 
 use anyhow::Context;
+use skein_netlink::nftables::Monitor;
 
 pub use self::attachments::Attachment;
 use self::directory::Directory;
@@ -33,7 +34,8 @@ use crate::config::{Config, PolicyMode};
 use crate::failure::Failure;
 use crate::lifecycle::Readiness;
 
-/// Starts the service of network policies, in static mode with the source of its objects. Returns
+/// Starts the service of network policies, in static mode with the source of its objects.
+/// `monitor` has the notifications of nftables. Returns
 /// `None` if `policy.mode` is off; an agent with pods then removes the table of an earlier
 /// configuration.
 ///
@@ -42,6 +44,7 @@ use crate::lifecycle::Readiness;
 pub async fn start(
     config: &Config,
     readiness: &Readiness,
+    monitor: Option<&Monitor>,
 ) -> Result<Option<PolicyService>, Failure> {
     let mode = config.policy.mode;
     if mode == PolicyMode::Off {
@@ -66,7 +69,7 @@ pub async fn start(
         store: Store::new(&config.state_dir, source),
         readiness: readiness.clone(),
     };
-    let service = PolicyService::start(settings, KernelTable::new(mode))
+    let service = PolicyService::start(settings, KernelTable::new(mode, monitor.cloned()))
         .context("cannot start the service of network policies")?;
     if let Some(directory) = &config.policy.directory {
         let follow = Directory::new(directory.clone()).follow(service.sink());

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use skein_policy::compile::Families;
+use skein_policy::enforce::Event;
 use skein_policy::model::PodId;
 use skein_policy::program::SetKey;
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
@@ -289,8 +290,8 @@ enum Input {
     Request(Request),
     /// The pod CIDRs have changed.
     Networks,
-    /// The kernel's table may differ from the program.
-    TableChanged,
+    /// An event of the kernel's table.
+    Table(Event),
     Deadline,
 }
 
@@ -374,7 +375,7 @@ impl<T: Table> Owner<T> {
             request = self.requests.recv() => request.map(Input::Request),
             Some(event) = self.events.recv() => Some(Input::Event(event)),
             Ok(()) = self.networks.changed() => Some(Input::Networks),
-            () = self.table.changed(), if self.is_installed => Some(Input::TableChanged),
+            event = self.table.next_event(), if self.is_installed => Some(Input::Table(event)),
             () = deadline => Some(Input::Deadline),
         }
     }
@@ -392,9 +393,15 @@ impl<T: Table> Owner<T> {
                 self.objects.engine.set_pod_networks(&networks.networks, &networks.excluded);
                 false
             }
-            Input::TableChanged => {
+            Input::Table(Event::Changed) => {
                 self.is_installed = false;
                 true
+            }
+            Input::Table(Event::SweepDue) => {
+                if let Err(error) = self.table.sweep(&self.objects.engine).await {
+                    tracing::warn!(error, "open connections not compared with the policies");
+                }
+                false
             }
             Input::Deadline => true,
             Input::Request(request) => self.take_request(request).await,

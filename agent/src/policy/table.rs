@@ -3,15 +3,22 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 
+use skein_netlink::nftables::Monitor;
+use skein_netlink::pod::HOST_PREFIX;
+use skein_policy::enforce::{self, EnforceError, Enforcer, Event, Installed};
+use skein_policy::engine::Engine;
 use skein_policy::program::{Difference, Program};
+use skein_policy::render;
 
 use crate::config::PolicyMode;
 
 /// Name of the table, of the family inet.
 pub const TABLE: &str = "skein-policy";
+/// NFLOG group that receives refused packets.
+const LOG_GROUP: u16 = 51;
 
 /// Writer of the table. The service calls [`Table::install`] first, and again after each error and
-/// after each return of [`Table::changed`].
+/// after each [`Event::Changed`].
 pub(super) trait Table: Send + 'static {
     /// Makes the table equal to a program. Returns whether an existing table was different.
     fn install(&mut self, program: &Program) -> impl Future<Output = Result<bool, String>>;
@@ -22,49 +29,89 @@ pub(super) trait Table: Send + 'static {
     /// Returns the packets of the table's counters, by name.
     fn counters(&mut self) -> impl Future<Output = Result<BTreeMap<String, u64>, String>>;
 
-    /// Waits until the table may differ from the last program. Cancel-safe.
-    fn changed(&mut self) -> impl Future<Output = ()>;
+    /// Waits until the service must act. Cancel-safe.
+    fn next_event(&mut self) -> impl Future<Output = Event>;
+
+    /// Ends open connections that the engine's program refuses.
+    fn sweep(&mut self, engine: &Engine) -> impl Future<Output = Result<(), String>>;
 
     /// Returns whether the kernel has a table of this or of an earlier agent.
     fn exists(&mut self) -> impl Future<Output = Result<bool, String>>;
 }
 
-/// The table in the kernel.
+/// The table in the kernel. It is opened by the first request, and by the next one after a failure.
 #[derive(Debug)]
-pub(super) struct KernelTable;
-
-impl KernelTable {
-    /// Returns the table for policies with this effect.
-    pub(super) fn new(_: PolicyMode) -> Self {
-        Self
-    }
+pub(super) struct KernelTable {
+    mode: PolicyMode,
+    /// Notifications of the kernel; `None` until they are available.
+    monitor: Option<Monitor>,
+    enforcer: Option<Enforcer>,
 }
 
-/// Error of every request.
-fn missing<T>() -> Result<T, String> {
-    Err("this version has no writer of the kernel's table".to_owned())
+impl KernelTable {
+    /// Returns the table for policies with this effect. `monitor` has the notifications of the
+    /// kernel; without it, the first request subscribes to them.
+    pub(super) fn new(mode: PolicyMode, monitor: Option<Monitor>) -> Self {
+        Self { mode, monitor, enforcer: None }
+    }
+
+    fn open(&mut self) -> Result<&mut Enforcer, String> {
+        let enforcer = match self.enforcer.take() {
+            Some(enforcer) => enforcer,
+            None => {
+                let mode = match self.mode {
+                    PolicyMode::Off | PolicyMode::Audit => render::Mode::Audit,
+                    PolicyMode::Enforce => render::Mode::Enforce,
+                };
+                let (name, pod_prefix) = (TABLE.to_owned(), HOST_PREFIX.to_owned());
+                let table = render::Table { name, pod_prefix, log_group: LOG_GROUP, mode };
+                let monitor = match self.monitor.take() {
+                    Some(monitor) => monitor,
+                    None => Monitor::start().map_err(|error| format!("nftables: {error}"))?,
+                };
+                let opened = Enforcer::open(table, &monitor);
+                self.monitor = Some(monitor);
+                opened.map_err(text)?
+            }
+        };
+        Ok(self.enforcer.insert(enforcer))
+    }
 }
 
 impl Table for KernelTable {
-    async fn install(&mut self, _: &Program) -> Result<bool, String> {
-        missing()
+    async fn install(&mut self, program: &Program) -> Result<bool, String> {
+        let installed = self.open()?.install(program).await.map_err(text)?;
+        Ok(installed == Installed::Repaired)
     }
 
-    async fn apply(&mut self, _: &Difference) -> Result<(), String> {
-        missing()
+    async fn apply(&mut self, difference: &Difference) -> Result<(), String> {
+        self.open()?.apply(difference).await.map_err(text)
     }
 
     async fn counters(&mut self) -> Result<BTreeMap<String, u64>, String> {
-        missing()
+        let counters = self.open()?.counters().await.map_err(text)?;
+        Ok(counters.into_iter().map(|(name, count)| (name, count.packets)).collect())
     }
 
-    async fn changed(&mut self) {
-        std::future::pending().await
+    async fn next_event(&mut self) -> Event {
+        match &mut self.enforcer {
+            Some(enforcer) => enforcer.next_event().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    async fn sweep(&mut self, engine: &Engine) -> Result<(), String> {
+        self.open()?.sweep(engine).await.map_err(text)?;
+        Ok(())
     }
 
     async fn exists(&mut self) -> Result<bool, String> {
-        Ok(false)
+        self.open()?.exists().await.map_err(text)
     }
+}
+
+fn text(error: EnforceError) -> String {
+    error.to_string()
 }
 
 /// Removes the table; returns whether it existed.
@@ -72,6 +119,5 @@ impl Table for KernelTable {
 /// # Errors
 /// A message if `nft` fails.
 pub(super) async fn remove() -> Result<bool, String> {
-    let removed = skein_netlink::firewall::remove(TABLE).await;
-    removed.map_err(|error| error.to_string())
+    enforce::remove(TABLE).await.map_err(text)
 }

@@ -193,6 +193,16 @@ impl Enforcer {
         }
     }
 
+    /// Returns whether the kernel has the table.
+    ///
+    /// # Errors
+    /// `Netlink` if the table cannot be read.
+    pub async fn exists(&mut self) -> Result<bool, EnforceError> {
+        let table = self.table.name.clone();
+        let objects = self.kernel.with(move |connection| connection.objects(&table)).await?;
+        Ok(objects.is_some())
+    }
+
     /// Returns the values of the table's counters, by name.
     ///
     /// # Errors

@@ -5,6 +5,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use serde_json::{Value, json};
 use skein_cni_protocol::Pod as PodName;
+use skein_policy::engine::Engine;
 use skein_policy::program::{Difference, Program, Verdict};
 use tokio::time::timeout;
 
@@ -72,8 +73,12 @@ impl Table for FakeTable {
         Ok(BTreeMap::new())
     }
 
-    async fn changed(&mut self) {
+    async fn next_event(&mut self) -> Event {
         std::future::pending().await
+    }
+
+    async fn sweep(&mut self, _: &Engine) -> Result<(), String> {
+        Ok(())
     }
 
     async fn exists(&mut self) -> Result<bool, String> {
@@ -299,6 +304,18 @@ async fn pod_without_object_has_no_labels_in_static_mode() {
     let accepted =
         |kernel: &Kernel| kernel.program.as_ref().unwrap().to[INTERFACE] == Verdict::Accept;
     fixture.table.wait_for(accepted).await;
+}
+
+#[tokio::test]
+async fn namespace_without_object_is_known_in_static_mode() {
+    let fixture = Fixture::start(true);
+    fixture.service.set_attachments(Vec::new()).await;
+    fixture.list(vec![policy(), pod("", "web")]).await;
+    assert_eq!(fixture.attach(None).await, Ok(Attached::Enforced));
+    assert!(is_isolated(fixture.table.verdict()), "The policy must apply.");
+    // A later list contains no namespace either.
+    fixture.list(vec![policy(), pod("", "web")]).await;
+    assert!(is_isolated(fixture.table.verdict()), "The policy must still apply.");
 }
 
 #[tokio::test]
