@@ -198,8 +198,8 @@ impl PolicyService {
         });
     }
 
-    /// Adds the pods that this node has at the start of the agent. The table is installed after this
-    /// call.
+    /// Adds the pods that this node has at the start of the agent. The table is installed after
+    /// this call.
     pub async fn set_attachments(&self, attachments: Vec<Attachment>) {
         // A service that has ended is reported by the next ADD.
         let _ = self.requests.send(Request::Attachments(attachments)).await;
@@ -209,8 +209,8 @@ impl PolicyService {
     /// for the pod's object if a policy can apply to the pod.
     ///
     /// # Errors
-    /// [`CommitError`] if the kernel refuses the change. The caller then attaches no link, and calls
-    /// [`PolicyService::detach`].
+    /// [`CommitError`] if the kernel refuses the change. The caller then attaches no link, and
+    /// calls [`PolicyService::detach`].
     pub async fn attach(&self, attachment: Attachment) -> Result<Attached, CommitError> {
         self.request(|answer| Request::Attach(attachment, answer)).await
     }
@@ -358,8 +358,8 @@ impl<T: Table> Owner<T> {
     }
 
     /// Waits for an input until a deadline, by default the earliest one at which the thread has
-    /// work. Inputs that are queued take precedence over the deadline. Returns `None` if all handles
-    /// were dropped.
+    /// work. Inputs that are queued take precedence over the deadline. Returns `None` if all
+    /// handles were dropped.
     async fn next(&mut self, until: Option<Instant>) -> Option<Input> {
         let adds = self.waiting.iter().map(|add| add.deadline);
         let own = || adds.chain(self.retry_at).chain(self.store.due()).min();

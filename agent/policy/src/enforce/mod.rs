@@ -29,8 +29,8 @@ use self::sweep::Sweeps;
 
 /// Maximum number of installations in a row while another program changes the table.
 const MAX_ATTEMPTS: usize = 3;
-/// Minimum time between two returns of [`Enforcer::next_event`], so that a program that keeps changing
-/// the table does not keep a CPU busy.
+/// Minimum time between two returns of [`Enforcer::next_event`], so that a program that keeps
+/// changing the table does not keep a CPU busy.
 const MIN_CHANGE_INTERVAL: Duration = Duration::from_millis(50);
 /// Delay before [`Enforcer::next_event`] returns after a failed installation.
 const RETRY_DELAY: Duration = Duration::from_secs(1);
@@ -70,8 +70,8 @@ pub enum Installed {
 ///   only what differs.
 /// - The table stays in the kernel when the `Enforcer` is dropped. [`remove`] deletes it.
 ///
-/// Futures of this type are not cancel-safe, with the exception of [`Enforcer::next_event`]: if one is
-/// dropped, the caller installs the program again.
+/// Futures of this type are not cancel-safe, with the exception of [`Enforcer::next_event`]: if one
+/// is dropped, the caller installs the program again.
 #[derive(Debug)]
 pub struct Enforcer {
     table: Table,

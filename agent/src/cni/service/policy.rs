@@ -37,8 +37,8 @@ impl Service {
         Ok(())
     }
 
-    /// Removes the entries of a pod whose link is gone. A failure is logged only: the policy service
-    /// repeats the change, and entries without a link match no packet.
+    /// Removes the entries of a pod whose link is gone. A failure is logged only, because the
+    /// policy service repeats the change, and entries without a link match no packet.
     pub(super) async fn end_policies(&self, id: &AttachmentId) {
         let Some(policy) = &self.protection.policy else { return };
         let interface = host_name(id);
