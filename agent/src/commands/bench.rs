@@ -16,7 +16,7 @@ use skein_core::address;
 use self::measure::{Measured, Server};
 use self::protocol::RequestError;
 use super::{AgentArgs, Output, OutputArgs, json, print, report, runtime, seconds};
-use crate::control::desired::first_host;
+use crate::control::records::first_host;
 use crate::failure::Failure;
 use crate::status::{Align, Document, count, printable, table};
 

@@ -20,7 +20,7 @@ use clap::Args;
 
 use self::matrix::{Matrix, Target};
 use super::{AgentArgs, Output, OutputArgs, print, report, runtime, seconds};
-use crate::control::desired::first_host;
+use crate::control::records::first_host;
 use crate::failure::Failure;
 use crate::status::Document;
 

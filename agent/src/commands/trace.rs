@@ -89,7 +89,7 @@ fn resolve(what: &str, status: &Document) -> Result<IpAddr, Failure> {
     }
     let peers = status.report.iter().flat_map(|report| &report.peers);
     let cidr = peers.filter(|peer| peer.name == what).find_map(|peer| peer.pod_cidrs.first());
-    let address = cidr.map(crate::control::desired::first_host);
+    let address = cidr.map(crate::control::records::first_host);
     address.ok_or_else(|| {
         Failure::Usage(format!(
             "{what:?} is neither an IP address nor a known node. See skein-agent peers."

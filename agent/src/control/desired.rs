@@ -11,7 +11,7 @@ use skein_ipc::{NodeSettings, Peer, ReducedPath, Request, Snapshot, TunSettings,
 use skein_netlink::interface::{InterfaceSpec, RouteConflict};
 
 use super::endpoint::Endpoint;
-use super::records::NodeRecord;
+use super::records::{NodeRecord, first_host};
 use super::registry::Registry;
 use super::rotation::NodeKeys;
 use crate::cni::PodNetworkConfig;
@@ -260,20 +260,6 @@ fn peer(record: &NodeRecord, unresolved: &mut Vec<String>) -> Peer {
         second_public_key: record.second_public_key,
         endpoints,
         pod_cidrs: record.pod_cidrs.clone(),
-    }
-}
-
-/// Returns the first host address of a prefix: the address after the network address, or the
-/// network address itself if the prefix has at most two addresses.
-pub fn first_host(cidr: &IpNet) -> IpAddr {
-    // The network address names the network in IPv4 and is the subnet-router anycast address in
-    // IPv6 (RFC 4291, section 2.6.1), except on point-to-point links (RFC 3021, RFC 6164).
-    match cidr.max_prefix_len() - cidr.prefix_len() {
-        0 | 1 => cidr.network(),
-        _ => match cidr.network() {
-            IpAddr::V4(ip) => IpAddr::V4((u32::from(ip) + 1).into()),
-            IpAddr::V6(ip) => IpAddr::V6((u128::from(ip) + 1).into()),
-        },
     }
 }
 

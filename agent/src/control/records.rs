@@ -78,6 +78,20 @@ pub fn read(source: &Path) -> std::io::Result<ParsedRecords> {
     Ok(files)
 }
 
+/// Returns the first host address of a prefix: the address after the network address, or the
+/// network address itself if the prefix has at most two addresses.
+pub fn first_host(cidr: &IpNet) -> IpAddr {
+    // The network address names the network in IPv4 and is the subnet-router anycast address in
+    // IPv6 (RFC 4291, section 2.6.1), except on point-to-point links (RFC 3021, RFC 6164).
+    match cidr.max_prefix_len() - cidr.prefix_len() {
+        0 | 1 => cidr.network(),
+        _ => match cidr.network() {
+            IpAddr::V4(ip) => IpAddr::V4((u32::from(ip) + 1).into()),
+            IpAddr::V6(ip) => IpAddr::V6((u128::from(ip) + 1).into()),
+        },
+    }
+}
+
 fn read_file(path: &Path) -> Result<Vec<NodeRecord>, RecordError> {
     let cannot = |error| RecordError(format!("the file cannot be read: {error}"));
     let length = std::fs::metadata(path).map_err(cannot)?.len();

@@ -169,12 +169,13 @@ fn crates_import_downwards_only() -> Result<()> {
 #[test]
 fn crates_and_their_imports_are_documented() -> Result<()> {
     let (path, metadata) = ("docs/architecture.md", Metadata::read(&[])?);
+    let root = workspace().canonicalize()?;
     let rows = lists::rows(path, "Crates", "crate | directory | contents")?;
     let documented: BTreeSet<_> =
         rows.into_iter().map(|row| (row[0].clone(), row[1].clone())).collect();
     let crates = metadata.members().map(|package| {
         let directory = package.manifest_path.parent().context("no directory")?;
-        let directory = directory.strip_prefix(workspace())?.display();
+        let directory = directory.strip_prefix(&root)?.display();
         Ok((package.name.clone(), format!("`{directory}`")))
     });
     assert_eq!(documented, crates.collect::<Result<BTreeSet<_>>>()?);

@@ -119,7 +119,11 @@ fn requests_of_the_control_socket_are_documented() -> Result<()> {
     });
     let heading = "The control socket";
     let documented = first_column("docs/commands.md", heading, "request | body | answer")?;
-    assert_eq!(documented, routes.collect());
+    // A documented path may have a query.
+    let documented: BTreeSet<_> =
+        documented.iter().filter_map(|request| request.split('?').next()).collect();
+    let routes: BTreeSet<_> = routes.collect();
+    assert_eq!(documented, routes.iter().map(String::as_str).collect());
     let number = |name: &str| {
         Ok(match name {
             "NO_CONTENT" | "SWITCHING_PROTOCOLS" => None,

@@ -16,8 +16,8 @@ use serde_json::{Value, json};
 use skein_core::address;
 
 use super::matrix::Target;
-use crate::control::desired::first_host;
 use crate::control::kubernetes::resource::SkeinNode;
+use crate::control::records::first_host;
 
 /// Label of all pods of the test. The value identifies the run.
 pub(super) const LABEL: &str = "skein.network/connectivity-test";

@@ -11,8 +11,8 @@ use skein_ipc::keys::PublicKeys;
 
 use super::resource::SkeinNodeSpec;
 use crate::config::{Config, check_inside, check_outside};
-use crate::control::desired::first_host;
 use crate::control::records::RecordError;
+use crate::control::records::first_host;
 
 /// Maximum number of overlay addresses in a SkeinNode.
 const MAX_OVERLAY_ADDRESSES: usize = 16;

@@ -7,7 +7,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use skein_cni_protocol::excerpt::excerpt;
 use skein_ipc::keys::{PublicKey, PublicKeys};
 
-use crate::control::desired::first_host;
+use super::first_host;
 use crate::control::endpoint::{Endpoint, EndpointError};
 
 /// Record of a node: its keys, endpoints and pod CIDRs. Serialized in registry.json.
