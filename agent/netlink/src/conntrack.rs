@@ -57,6 +57,17 @@ impl Connection {
     }
 }
 
+/// Fuzzing entry point: parses `data` as the attributes of an entry, in which each tuple has
+/// addresses of one family.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn fuzz_entry(data: &[u8]) {
+    if let Some(Entry { original, reply }) = parse(data) {
+        for tuple in [original, reply] {
+            assert_eq!(tuple.source.is_ipv4(), tuple.destination.is_ipv4());
+        }
+    }
+}
+
 /// Parses an entry; `None` for a protocol without ports.
 fn parse(attributes: &[u8]) -> Option<Entry> {
     let original = tuple(attribute(attributes, CTA_TUPLE_ORIG)?)?;
@@ -66,8 +77,11 @@ fn parse(attributes: &[u8]) -> Option<Entry> {
 
 fn tuple(bytes: &[u8]) -> Option<Tuple> {
     let ip = attribute(bytes, CTA_TUPLE_IP)?;
-    let mut pairs = CTA_IP.iter().filter_map(|(source, destination)| {
+    let pairs = CTA_IP.iter().filter_map(|(source, destination)| {
         Some((address(attribute(ip, *source)?)?, address(attribute(ip, *destination)?)?))
+    });
+    let mut pairs = pairs.filter(|(source, destination): &(IpAddr, IpAddr)| {
+        source.is_ipv4() == destination.is_ipv4()
     });
     let (source, destination) = pairs.next()?;
     let transport = attribute(bytes, CTA_TUPLE_PROTO)?;

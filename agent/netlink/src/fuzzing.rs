@@ -1,8 +1,9 @@
 //! Entry points of the fuzz targets for the output of `nft` and for messages of the kernel.
 
+use crate::conntrack;
 use crate::firewall::{counters, forward};
 use crate::next_hop::fuzz_next_hops;
-use crate::nftables::monitor;
+use crate::nftables::{self, monitor};
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
@@ -16,9 +17,11 @@ pub fn firewall_rules(data: &[u8]) {
     forward::fuzz_printed(text);
 }
 
-/// Reads notifications of nftables and dumps of nexthop objects.
+/// Reads notifications of nftables, and dumps of set elements, connections and nexthop objects.
 pub fn netlink_messages(data: &[u8]) {
     monitor::fuzz_notifications(data);
+    nftables::fuzz_element(data);
+    conntrack::fuzz_entry(data);
     fuzz_next_hops(data);
 }
 

@@ -15,6 +15,8 @@ mod program;
 pub(crate) use self::attribute::attribute;
 pub use self::connection::{Connection, NftablesError};
 pub use self::dump::{Count, Objects};
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use self::element::fuzz_element;
 pub use self::element::{Change, Element, ElementVerdict};
 pub use self::monitor::{Monitor, Received, Subscription};
 pub use self::program::{FirewallError, NFT_TIMEOUT, nft};

@@ -109,6 +109,12 @@ fn encode(verdict: &ElementVerdict) -> Vec<VerdictAttribute> {
     }
 }
 
+/// Fuzzing entry point: parses `data` as the attributes of an element. A key is part of the input.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn fuzz_element(data: &[u8]) {
+    assert!(parse(data).is_none_or(|element| element.key.len() < data.len()));
+}
+
 /// Parses an element of the kernel's answer; `None` if the element has no key.
 pub(super) fn parse(bytes: &[u8]) -> Option<Element> {
     let key = attribute(attribute(bytes, NFTA_SET_ELEM_KEY)?, NFTA_DATA_VALUE)?.to_vec();

@@ -1,7 +1,7 @@
 //! The enforcer against the kernel, in a scratch network namespace. The tests need root and the
 //! program `nft`; they fail without.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use proptest::collection::vec;
 use skein_netlink::nftables::Monitor;
@@ -160,8 +160,10 @@ fn changes_of_other_programs_are_repaired() {
             format!("add set {inet} other {{ type mark; }}\nadd chain {inet} another"),
         ] {
             nft(&["-f", "-"], &change);
+            let start = Instant::now();
             changed(&mut enforcer).await;
             let installed = enforcer.install(&program).await.unwrap();
+            println!("repaired in {:?}: {change:?}", start.elapsed());
             assert_ne!(installed, Installed::Unchanged, "nothing was repaired after: {change}");
             assert_eq!(listed(), objects, "not repaired: {change}");
         }
