@@ -1,5 +1,5 @@
-//! Entry points for the tunnel protocol under attack by senders without keys, peers and the
-//! underlay.
+//! Fuzzing entry points for the tunnel protocol, its replay window and its saved sessions. The
+//! attackers are of three kinds: senders without a key, peers, and the underlay.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::net::SocketAddr;
@@ -64,8 +64,8 @@ pub fn handshake_payloads(data: &[u8]) {
     check_payloads(data);
 }
 
-/// Restores a session from bytes that cannot be trusted. A valid record must survive another
-/// encoding, and either makes a session or an error.
+/// Restores a session from untrusted bytes. A record that can be parsed must stay the same when it
+/// is encoded and parsed again. The engine then restores the session or skips the record.
 pub fn saved_session(data: &[u8]) {
     let Some(bytes) = data.first_chunk::<SAVED_LEN>() else { return };
     let Some(saved) = SavedSession::from_bytes(bytes) else { return };
@@ -282,7 +282,8 @@ impl Simulation {
         let source = address(1 - to as u8);
         let length = datagram.len();
         self.engines[to].handle_datagram(self.now, source, &mut datagram);
-        // The answers to a datagram together are shorter than two of it.
+        // All answers to a datagram together have at most twice the datagram's length, and at most
+        // 400 bytes for a datagram of less than 200 bytes.
         let mut answered = 0;
         while let Some(transmit) = self.engines[to].poll_transmit() {
             answered += transmit.payload.len();
@@ -400,7 +401,8 @@ mod tests {
         run_corpus("replay_window", replay_window);
     }
 
-    /// The first seed must create a session, confirm it and renew it.
+    /// The steps are the first five of the seed `session`: a request for a session and four
+    /// deliveries. Both engines must then have a current session.
     #[test]
     fn simulation_establishes_sessions() {
         let mut simulation = Simulation::new();

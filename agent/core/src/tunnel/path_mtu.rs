@@ -3,9 +3,9 @@
 //!
 //! Every size is assumed to pass at first. A padded ping that gets no answer is repeated, together
 //! with a short ping. The size counts as too large after [`MAX_PROBES`] answers to short pings
-//! without an answer to any padded ping. The number is [`MAX_PROBES_AT_BASE`] for a size that is
-//! not larger than the size in use and not larger than [`BASE_PLPMTU`]. A failure that concerns
-//! short pings, too, such as a flapping link, says nothing about sizes.
+//! without an answer to any padded ping. A size that is not larger than the size in use and not
+//! larger than [`BASE_PLPMTU`] needs [`MAX_PROBES_AT_BASE`] answers to short pings instead. A
+//! failure that concerns short pings, too, such as a flapping link, says nothing about sizes.
 //!
 //! After a size has failed, [`BASE_PLPMTU`] is used at once, and a binary search finds the largest
 //! size that passes. The size in use is confirmed every [`CONFIRMATION_TIMER`]; a larger size is
@@ -198,7 +198,7 @@ impl PathMtu {
         if self.check_at > now {
             return None;
         }
-        // There is no smaller size that could be used.
+        // If the minimum has failed, too, there is no smaller size to probe.
         let is_at_minimum =
             self.plpmtu <= MIN_PLPMTU && self.smallest_failed <= u32::from(MIN_PLPMTU);
         if self.largest_acked < self.plpmtu && !is_at_minimum {

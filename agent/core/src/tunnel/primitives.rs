@@ -12,8 +12,8 @@ use crate::keys::KEY_LEN;
 use crate::tunnel::noise::Secret;
 use crate::wire::header::TAG_LEN;
 
-/// Resolver that gives snow the primitives of aws-lc, and the ephemeral key that the caller drew as
-/// its only randomness.
+/// Resolver that gives snow the primitives of aws-lc. The only random value that snow gets is the
+/// ephemeral key, which the caller generates.
 pub(crate) struct Resolver {
     ephemeral: Secret,
 }
@@ -268,8 +268,8 @@ pub(crate) mod tests {
         assert_eq!(out[..], hex(expected));
     }
 
-    /// The nonces of the published handshake are all zero. This test shows that nonces are little
-    /// endian and that wrong inputs fail.
+    /// The test vector in `handshake_matches_cacophony_vector` has no nonce other than 0. This test
+    /// therefore uses another nonce, which must be little endian. Wrong inputs must fail.
     #[test]
     fn cipher_uses_little_endian_nonces_and_rejects_errors() {
         let mut cipher = ChaChaPoly::default();

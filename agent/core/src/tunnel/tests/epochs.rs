@@ -204,9 +204,10 @@ fn datagrams_of_earlier_epoch_are_not_accepted_again() {
     assert_eq!(lab.view(0, 1).receive.len(), 1, "No initiation may be accepted twice.");
 }
 
-/// The later timestamp does not depend on a control process that knows the last time.
+/// The wall clock is set back by one hour before the process restarts. The new process reads the
+/// last timestamp from its session store, and needs no lower bound from a control process.
 #[test]
-fn epoch_with_earlier_clock_sends_later_timestamps() {
+fn timestamps_increase_after_clock_was_set_back() {
     let mut lab = Lab::new(2);
     let mut store = lab.attach_store(0);
     lab.flow(0, 1, ms(3));
@@ -261,7 +262,7 @@ fn restored_sessions_are_renewed_and_end_in_time() {
     lab.run(secs(70));
     assert_eq!(store.records().len(), 1, "An expired session must be removed from the store.");
     assert!(lab.nodes[1].drops.is_empty() && lab.nodes[0].drops.is_empty());
-    // No session is restored after 180 s.
+    // Without traffic, the session is not renewed. It expires and is removed from the store.
     let records = store.records();
     assert_eq!(records.len(), 1);
     lab.nodes[0].flow = None;
@@ -341,7 +342,7 @@ fn recorded_initiations_are_refused_after_restart() {
 }
 
 #[test]
-fn recorded_initiations_of_later_peer_are_refused() {
+fn recorded_initiations_are_refused_if_peer_is_added_late() {
     let mut lab = Lab::joined_pair();
     let seen: Vec<_> = lab.nodes[1].engine.seen_timestamps().collect();
     lab.restart(1);
@@ -441,7 +442,9 @@ fn replays_do_not_stop_own_handshake() {
         lab.restart(victim);
         let begun = lab.now.mono;
         lab.flow(victim, sender, ms(20));
-        // Each replay arrives just before the response to a handshake of the node would.
+        // Replays arrive every 990 ms. This interval is just below CONFIRM_TIMEOUT and
+        // MIN_RETRY_INTERVAL (1 s each), after which the victim may start or repeat its own
+        // handshake.
         for datagram in recorded {
             lab.deliver(datagram);
             let next = lab.now.mono + ms(990);
