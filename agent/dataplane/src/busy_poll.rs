@@ -18,8 +18,8 @@ use skein_sys::poll::Poller;
 
 use super::stats::{LaneStats, add};
 
-/// Polling limit if the configuration has none. It is longer than a pod needs to answer a small
-/// request, and little longer than the wake-up that it saves.
+/// Polling limit if the configuration has none. A pod answers a small request in less time. The
+/// limit is only slightly longer than the wake-up that polling avoids.
 const DEFAULT_LIMIT: Duration = Duration::from_micros(50);
 /// Maximum number of polling periods in a row without a packet. The next wait then blocks at once.
 const MAX_IDLE_POLLS: u8 = 8;

@@ -333,7 +333,7 @@ impl Egress {
             let outcome =
                 self.sender.send(socket.socket.as_fd(), &request, gso, &mut self.drops, now);
             if let Some(before) = before {
-                report_unsent(lane, &before, &self.drops, &batches[..count]);
+                report_send_drops(lane, &before, &self.drops, &batches[..count]);
             }
             lane.stats.count_sent(&outcome, &self.sender);
             if let Some(datagram) = outcome.too_long {
@@ -404,10 +404,10 @@ fn gso_batches_of_family(batch: &EgressBatch, v4: bool) -> impl Iterator<Item = 
     batch.gso_batches().filter(move |batch| batch.destination.is_ipv4() == v4)
 }
 
-/// Reports drops of a send to the tap. The sender's counters do not name the GSO batch, so the
-/// destination is reported only if all GSO batches have the same destination.
+/// Reports to the tap the datagrams that a send has dropped. The sender's counters do not name the
+/// GSO batch, so the destination is reported only if all GSO batches have the same destination.
 #[cold]
-fn report_unsent(
+fn report_send_drops(
     lane: &LaneContext,
     before: &DropCounts,
     now: &DropCounts,

@@ -38,7 +38,8 @@ pub(super) enum ToKeeper {
         #[serde(rename = "left")]
         state: HandOver,
     },
-    /// Replaces the snapshot; its memfd follows.
+    /// Replaces the stored [`skein_ipc::Snapshot`], the desired state of the data process. The
+    /// memfd with the new snapshot follows.
     Snapshot,
     /// Deletes the stored state, which this process could not use.
     Forget,
@@ -55,8 +56,8 @@ pub(super) enum ToKeeper {
     Listen,
     /// Requests the deletion of the listening socket's file: [`Answer::Done`].
     DeleteSocket,
-    /// Reports that the lanes have stopped, and requests a hand-over to the keeper at the other end
-    /// of the connection, whose descriptor follows.
+    /// Reports that the lanes have stopped, and requests a hand-over of the data plane to another
+    /// keeper. The descriptor of the connection to that keeper follows.
     #[serde(rename = "give_away")]
     HandOver,
 }

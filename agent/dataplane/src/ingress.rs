@@ -400,7 +400,7 @@ fn decapsulate(inner: Ecn, outer: Ecn, merged: bool) -> Option<Ecn> {
     inner.decapsulate(outer).or(merged.then_some(inner))
 }
 
-/// Reports a packet that the TUN device refused to the tap.
+/// Reports to the tap a packet that the TUN device refused.
 fn report_refused(lane: &LaneContext, arena: &[u8], packet: &TunPacket<'_>) {
     let whole = packet.payload.first().map_or(&[][..], |slice| slice.of(arena));
     let bytes = Bytes::Inner(if packet.header.is_empty() { whole } else { packet.header });

@@ -39,7 +39,8 @@ pub fn work(channel: i32, confined: Confined, set_log_level: SetLogLevel) -> any
     serve(listener, keeper, state, set_log_level, confined.mechanisms)
 }
 
-/// Runs a data process without a keeper in this process. The sessions end with the process.
+/// Runs the data process inside the calling process. No keeper holds its descriptors, so the
+/// sessions end with the process.
 ///
 /// # Errors
 /// An error if the socket cannot be bound, or if the manager panics.

@@ -50,7 +50,7 @@ impl TunWriter {
         packet: &TunPacket<'_>,
         now: Instant,
     ) -> io::Result<()> {
-        match gather(tun, arena, packet) {
+        match writev_packet(tun, arena, packet) {
             Err(error) if packet.segments > 1 && error.raw_os_error() == Some(libc::EINVAL) => {
                 self.refused_at = Some(now);
                 self.write_singly(tun, arena, packet)
@@ -109,17 +109,18 @@ impl TunWriter {
     }
 }
 
-fn gather(tun: &TunQueue, arena: &[u8], packet: &TunPacket<'_>) -> io::Result<()> {
+/// Writes the headers and the payload slices of the packet with one writev(2).
+fn writev_packet(tun: &TunQueue, arena: &[u8], packet: &TunPacket<'_>) -> io::Result<()> {
     // Each call initializes an array on the stack. The three lengths, for one packet, a typical
     // superpacket and any superpacket, keep this array short.
     match packet.payload.len() + 2 {
-        0..=4 => gather_up_to::<4>(tun, arena, packet),
-        5..=72 => gather_up_to::<72>(tun, arena, packet),
-        _ => gather_up_to::<{ MAX_SUPERPACKET_SEGMENTS + 2 }>(tun, arena, packet),
+        0..=4 => writev_up_to::<4>(tun, arena, packet),
+        5..=72 => writev_up_to::<72>(tun, arena, packet),
+        _ => writev_up_to::<{ MAX_SUPERPACKET_SEGMENTS + 2 }>(tun, arena, packet),
     }
 }
 
-fn gather_up_to<const N: usize>(
+fn writev_up_to<const N: usize>(
     tun: &TunQueue,
     arena: &[u8],
     packet: &TunPacket<'_>,

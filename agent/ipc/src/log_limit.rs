@@ -13,8 +13,8 @@ pub struct LogLimit {
 }
 
 impl LogLimit {
-    /// Counts one event. Returns the number of events since the last log line if it is time for
-    /// another one.
+    /// Counts one event. Returns `None` if the event must not be logged. Otherwise, returns the
+    /// number of events that were not logged since the last log line. This event is not included.
     pub fn count(&mut self, now: Instant) -> Option<u64> {
         if self.logged_at.is_some_and(|at| now.saturating_duration_since(at) < LOG_INTERVAL) {
             self.suppressed += 1;

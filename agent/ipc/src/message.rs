@@ -110,8 +110,8 @@ pub enum Response {
         /// Captured packets. The packets of one lane are in order.
         #[serde(rename = "seen")]
         packets: Vec<CapturedPacket>,
-        /// Number of packets since the previous response that matched and exceeded the rate limit
-        /// or the queue.
+        /// Number of matching packets since the previous response that were left out, because they
+        /// exceeded the rate limit or because the queue was full.
         missed: u64,
     },
     /// Response to [`Request::TakeOver`]. The descriptors of the data plane's lock and of the store

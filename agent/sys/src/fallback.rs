@@ -27,10 +27,11 @@ pub enum Feature {
 
 impl Feature {
     /// Features of a TUN device, in the order in which
-    /// [`open_queues`](crate::tun::open_queues) does without them.
+    /// [`open_queues`](crate::tun::open_queues) disables them if the kernel refuses them.
     pub const TUN: [Self; 3] = [Self::TunUso, Self::TunTso, Self::TunChecksum];
 
-    /// Returns the name in the output of `skein-agent check` and between keeper and data process.
+    /// Returns the name of the feature in the output of `skein-agent check` and in the messages
+    /// between keeper and data process.
     pub const fn label(self) -> &'static str {
         match self {
             Self::TunUso => "tun_uso",

@@ -74,7 +74,7 @@ pub struct TooLong {
     pub len: usize,
 }
 
-/// Sends GSO batches. The value reuses its buffers, so that each lane has one.
+/// Sender of GSO batches. Each lane has its own sender, which reuses its buffers in every call.
 #[derive(Default)]
 pub struct Sender {
     plan: Plan,

@@ -44,7 +44,7 @@ pub struct LaneSockets {
 pub enum LongestPayload {
     /// The kernel sent the payload that it had refused before.
     Carries,
-    /// Longest payload in bytes by the MTU that the kernel reported with its refusal.
+    /// Longest payload in bytes, computed from the MTU that the kernel reported with its refusal.
     Limit(usize),
     /// The kernel refused the payload and reported no MTU.
     Unknown,
