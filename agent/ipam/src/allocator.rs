@@ -13,8 +13,9 @@ use super::error::IpamError;
 use super::family::{Family, number};
 use super::free::Ranges;
 
-/// Time after the release of an address in which the address is allocated only if no other address
-/// is free. Programs may still send to the former holder, or may have cached the address.
+/// Duration of the quarantine of a released address. A quarantined address is allocated only if no
+/// other address is free. Programs may still send to the former holder, or may have cached the
+/// address.
 pub const QUARANTINE_TIME: Duration = Duration::from_secs(30);
 
 /// Usage of one pool.

@@ -195,8 +195,8 @@ impl State {
         Some(lease)
     }
 
-    /// Stores a lease that the kernel's state shows. Unknown properties keep their values; other
-    /// addresses of the attachment are released.
+    /// Stores a lease that the kernel's state shows. Properties that this lease lacks keep the
+    /// values of the stored lease. Addresses that only the stored lease has are released.
     ///
     /// # Errors
     /// `NoAddress`, `Taken` or `Path`.

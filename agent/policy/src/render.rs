@@ -32,8 +32,8 @@ pub struct Table {
     pub mode: Mode,
 }
 
-/// Sets and maps of every table, with their types. `self` has pairs of equal interfaces; `cut4` and
-/// `cut6` have the connections that a change of policies has ended.
+/// Sets of every table, with their types. `self` has a pair of each pod's interface with itself;
+/// `cut4` and `cut6` have the connections that a change of policies has ended.
 const SETS: [(&str, &str); 3] = [
     ("self", "typeof iifname . oifname;"),
     ("cut4", "typeof ip saddr . ip daddr . meta l4proto . th sport . th dport; flags timeout;"),

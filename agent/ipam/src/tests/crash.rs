@@ -169,7 +169,7 @@ fn run_with_fault(fault: Fault) -> (Disk, Answered, Option<Ipam>, usize) {
     let disk = Disk::new();
     let mut ipam = disk.open().unwrap();
     set_pools(&mut ipam);
-    disk.fail(fault);
+    disk.reset(fault);
     let mut answered = Answered::default();
     run_script(&mut ipam, &mut answered, fault);
     let operations = disk.operations();
@@ -185,7 +185,7 @@ fn single_failure_loses_nothing() {
         assert!(answered.unknown.len() <= 1, "{k}: {:?}", answered.unknown);
         let mut ipam = ipam.take().unwrap();
         answered.check(&ipam);
-        disk.fail(Fault::None);
+        disk.reset(Fault::None);
         // Memory must equal the disk.
         let leases: Vec<_> = ipam.list().cloned().collect();
         assert!(disk.copy().open().unwrap().list().eq(leases.iter()), "{k}");
@@ -207,7 +207,7 @@ fn full_disk_loses_nothing() {
             ipam.usage(at(40)).can_allocate(),
             "Operations in memory must work while the disk fails."
         );
-        disk.fail(Fault::None);
+        disk.reset(Fault::None);
         check_nothing_is_lost(&mut ipam, &answered);
         let leases: Vec<_> = ipam.list().cloned().collect();
         drop(ipam);
@@ -228,11 +228,11 @@ fn probe_detects_a_store_that_cannot_be_written() {
     let operations = disk.operations() - before;
     assert!(operations > 0, "A probe must write to the disk.");
     for k in 0..operations {
-        disk.fail(Fault::From(k));
+        disk.reset(Fault::From(k));
         let error = ipam.probe().unwrap_err().to_string();
         assert!(error.ends_with("no space left on its file system"), "{k}: {error}");
         assert!(ipam.probe().is_err(), "{k}");
-        disk.fail(Fault::None);
+        disk.reset(Fault::None);
         ipam.probe().unwrap();
     }
     // The process ends, and its memory with it.
@@ -298,7 +298,7 @@ fn power_loss_during_recovery_loses_no_lease() {
             let once = disk.after_power_loss(&survival_patterns(k)[pattern]);
             for j in 0.. {
                 let twice = once.copy();
-                twice.fail(Fault::Power(j));
+                twice.reset(Fault::Power(j));
                 let opened = twice.open();
                 let done = opened.is_ok() && twice.operations() <= j;
                 drop(opened);

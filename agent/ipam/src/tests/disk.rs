@@ -47,7 +47,7 @@ impl Disk {
     pub(super) fn new() -> Self {
         let disk = Self::default();
         initialize(&builder().create_with_backend(disk.clone()).unwrap()).unwrap();
-        disk.fail(Fault::None);
+        disk.reset(Fault::None);
         disk
     }
 
@@ -62,8 +62,8 @@ impl Disk {
         Ipam::with(Store::new(Box::new(open)))
     }
 
-    /// Sets a fault and restarts the count of operations at 0.
-    pub(super) fn fail(&self, fault: Fault) {
+    /// Restarts the count of operations at 0 and sets the fault.
+    pub(super) fn reset(&self, fault: Fault) {
         let mut sectors = self.lock();
         (sectors.operations, sectors.fault) = (0, Some(fault));
     }

@@ -64,7 +64,7 @@ fn repeated_allocation_returns_the_lease_without_a_write() {
     let mut ipam = disk.open().unwrap();
     ipam.set_pools(&cidrs(&["10.1.0.0/24"]), &[]);
     let lease = ipam.allocate(request("a"), at(0)).unwrap();
-    disk.fail(disk::Fault::None);
+    disk.reset(disk::Fault::None);
     let mut again = asking("a", &["10.1.0.77"]);
     again.netns.path = "/proc/7/ns/net".into();
     assert_eq!(ipam.allocate(again, at(9)).unwrap(), lease);

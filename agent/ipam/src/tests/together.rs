@@ -25,7 +25,7 @@ fn waiting_operations_share_a_transaction() {
         wait.1.recv().unwrap();
     }));
     entered.wait();
-    disk.fail(Fault::None);
+    disk.reset(Fault::None);
     let asked: Vec<_> = (0..100)
         .map(|n| {
             let (reply, receiver) = reply();
@@ -79,13 +79,13 @@ fn refusal_concerns_one_caller_and_failure_concerns_all() {
         hold.0.send(()).unwrap();
         asked.map(|asked| asked.recv().unwrap())
     };
-    disk.fail(Fault::From(0));
+    disk.reset(Fault::From(0));
     for _ in 0..2 {
         let results = allocate_together(["a", "b", "c"]);
         let failed = |result: &Result<_, _>| matches!(result, Err(IpamError::Store(_)));
         assert!(results.iter().all(failed), "{results:?}");
     }
-    disk.fail(Fault::None);
+    disk.reset(Fault::None);
     let [a, b, c] = allocate_together(["a", "b", "c"]);
     assert_eq!((shown(&a.unwrap()), shown(&b.unwrap())), ("10.1.0.1".into(), "10.1.0.2".into()));
     assert!(matches!(c, Err(IpamError::Exhausted { in_use: 2, .. })));

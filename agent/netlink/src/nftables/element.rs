@@ -39,8 +39,9 @@ pub enum ElementVerdict {
     Foreign(u32),
 }
 
-/// An element of a set or of a verdict map. An interval consists of two elements: its first key,
-/// and the key behind its last with `interval_end`. The second is absent if the interval ends with
+/// An element of a set or of a verdict map. An interval consists of two elements. The first element
+/// has the first key of the interval. The second element has the key after the last key of the
+/// interval, and the flag `interval_end`. The second element is absent if the interval ends with
 /// the highest key.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Element {
@@ -53,7 +54,7 @@ pub struct Element {
 }
 
 impl Element {
-    /// Returns an element of a set without intervals.
+    /// Creates an element with this key, for a set without intervals.
     pub fn key(key: Vec<u8>) -> Self {
         Self { key, interval_end: false, verdict: None }
     }

@@ -56,7 +56,8 @@ impl ProfileKey {
         Some(Self { direction, policies, ports })
     }
 
-    fn addresses(&self) -> impl Iterator<Item = *const Policy> {
+    /// Returns the addresses of the policies in memory, by which keys are compared.
+    fn policy_pointers(&self) -> impl Iterator<Item = *const Policy> {
         self.policies.iter().map(Arc::as_ptr)
     }
 }
@@ -64,7 +65,7 @@ impl ProfileKey {
 impl PartialEq for ProfileKey {
     fn eq(&self, other: &Self) -> bool {
         self.direction == other.direction
-            && self.addresses().eq(other.addresses())
+            && self.policy_pointers().eq(other.policy_pointers())
             && self.ports == other.ports
     }
 }
@@ -74,7 +75,7 @@ impl Eq for ProfileKey {}
 impl Hash for ProfileKey {
     fn hash<H: Hasher>(&self, state: &mut H) {
         self.direction.hash(state);
-        self.addresses().for_each(|address| address.hash(state));
+        self.policy_pointers().for_each(|pointer| pointer.hash(state));
         self.ports.hash(state);
     }
 }
@@ -131,8 +132,10 @@ pub(super) struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    /// Adds a chain. Returns a verdict that continues in the chain, or the verdict of a chain whose
-    /// first statement is unconditional and not counted.
+    /// Returns a verdict with the effect of `statements`. If the first statement has neither a
+    /// condition nor a counter, the function returns the verdict of this statement and adds no
+    /// chain. Otherwise, and for a [`Verdict::Dispatch`], the function adds a chain and returns a
+    /// verdict that continues in the chain.
     pub(super) fn chain(&mut self, statements: Vec<Statement>) -> Verdict {
         if let Some(first) = statements.first()
             && first.matches.is_empty()

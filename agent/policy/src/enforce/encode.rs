@@ -119,7 +119,7 @@ pub(super) fn interface(name: &str, verdict: &Verdict) -> Unit {
     }]
 }
 
-/// Returns the unit of an interface in the set of pairs of interfaces.
+/// Returns the unit of an interface in the set `self`: the pair of the interface with itself.
 pub(super) fn pair(name: &str) -> Unit {
     single([interface_key(name), interface_key(name)].concat())
 }

@@ -62,8 +62,9 @@ fn fingerprint(rules: &[Vec<u8>]) -> u64 {
 pub(super) struct Plan {
     /// True if the table does not exist.
     pub(super) is_absent: bool,
-    /// Objects to add and chains to write; `None` if nothing is missing and the objects of every
-    /// table are as wanted.
+    /// Objects to add and chains to write. `None` if no object of the program is missing, all its
+    /// chains are intact, the table is not dormant, its fixed sets and counters exist, and its
+    /// chain [`REFUSE`] is intact.
     pub(super) structure: Option<Difference>,
     /// Changes of the elements of sets, then of the verdicts of interfaces.
     pub(super) steps: Vec<Step>,
@@ -119,7 +120,8 @@ impl Plan {
     }
 }
 
-/// Returns the program's objects that the kernel lacks, and all chains.
+/// Returns the program's objects that the kernel lacks, and all chains of the program. The caller
+/// then leaves out the chains whose rules are intact in the kernel.
 fn missing(objects: &Objects, program: &Program) -> Difference {
     fn added<V: Clone>(
         wanted: &BTreeMap<String, V>,
@@ -246,7 +248,8 @@ fn interface_step(map: &str, name: &str, change: &Change<Verdict>) -> Step {
     Step { set: map.to_owned(), removed, added }
 }
 
-/// Returns the change of the set of pairs of interfaces; `None` if the interface stays.
+/// Returns the change of the set `self` for an interface of a pod; `None` if the interface stays.
+/// The set has a pair of each interface with itself, and matches packets of a pod to that pod.
 fn pair_step(name: &str, change: &Change<Verdict>) -> Option<Step> {
     let (removed, added) = match change {
         Change::Added(_) => (None, Some(encode::pair(name))),

@@ -48,7 +48,7 @@ pub struct PodInfo {
     /// All addresses that the pod reports. If several pods report an address, the pod that started
     /// last owns it ([`Inventory::owner`]).
     pub addresses: Vec<IpAddr>,
-    /// Start of the pod, RFC 3339 in UTC, so that later texts are greater.
+    /// Start time of the pod, RFC 3339 in UTC. The text of a later time compares as greater.
     pub started: Option<String>,
 }
 

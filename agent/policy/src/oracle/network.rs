@@ -1,4 +1,4 @@
-//! Evaluation of NetworkPolicies, which only allow.
+//! Evaluation of NetworkPolicies. Their rules only allow connections, and never deny one.
 
 use crate::api::{
     LabelSelector, NetworkPolicy, NetworkPolicySpec, Parsed, Peer, Pod, PolicyPort, PolicyType,
@@ -96,7 +96,7 @@ fn allowing_rules(
             });
             let port_fits =
                 port.is_none_or(|port| port_matches(world, port, side, subject, connection));
-            peer_fits && port_fits && !(side == Side::Egress && is_name_of_block(peer, port))
+            peer_fits && port_fits && !(side == Side::Egress && is_named_port_of_block(peer, port))
         })
     };
     let mut found = Vec::new();
@@ -134,9 +134,9 @@ fn entries<T>(list: &List<T>) -> Vec<Option<&T>> {
     }
 }
 
-/// Returns whether an address block is combined with the name of a port: blocks have no pods that
-/// could declare the name.
-fn is_name_of_block(peer: Option<&Peer>, port: Option<&PolicyPort>) -> bool {
+/// Returns whether a named port is combined with an address block. A block has no pods that could
+/// declare the name.
+fn is_named_port_of_block(peer: Option<&Peer>, port: Option<&PolicyPort>) -> bool {
     let named = port.is_some_and(|port| matches!(port.port, PortSelector::Named(_)));
     named && matches!(peer, Some(Peer::IpBlock(_)))
 }

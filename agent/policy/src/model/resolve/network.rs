@@ -1,4 +1,5 @@
-//! Conversion of NetworkPolicies.
+//! Conversion of NetworkPolicies. [`mutated`] returns true only in tests that activate a deliberate
+//! fault.
 
 use crate::api::{
     Cidr, Defect, IpBlock, LabelSelector, NetworkPolicy, Parsed, Peer, PolicyPort, PolicyType,
@@ -24,7 +25,7 @@ pub fn resolve_network_policy(object: &NetworkPolicy) -> (Policy, Vec<Defect>) {
             None => Some(LabelSelector::default()),
             Some(selector) => reader.read("spec.podSelector", selector).cloned(),
         };
-        policy.subject = pods.map(|pods| own(&object.metadata.namespace, pods));
+        policy.subject = pods.map(|pods| pods_in_namespace(&object.metadata.namespace, pods));
         if let Some(types) = &spec.policy_types
             && let Some(types) = reader.read("spec.policyTypes", types)
         {
@@ -60,7 +61,7 @@ pub fn resolve_network_policy(object: &NetworkPolicy) -> (Policy, Vec<Defect>) {
     (policy, reader.defects)
 }
 
-/// An optional list of entries that may be unreadable.
+/// A list that may be unreadable, of entries that may be unreadable.
 type List<T> = Parsed<Vec<Parsed<T>>>;
 
 fn list<'a, T>(reader: &mut Reader, field: &str, list: Option<&'a List<T>>) -> Vec<Entry<'a, T>> {
@@ -68,7 +69,7 @@ fn list<'a, T>(reader: &mut Reader, field: &str, list: Option<&'a List<T>>) -> V
     list.map(|list| reader.entries(field, list)).unwrap_or_default()
 }
 
-fn own(namespace: &str, pods: LabelSelector) -> PodTerm {
+fn pods_in_namespace(namespace: &str, pods: LabelSelector) -> PodTerm {
     PodTerm { namespaces: NamespaceScope::Named(namespace.to_owned()), pods }
 }
 
@@ -144,7 +145,7 @@ fn add_peer<'a>(
                     let namespaces = NamespaceScope::Labelled(LabelSelector::default());
                     return PodTerm { namespaces, pods };
                 }
-                own(&reader.namespace, pods)
+                pods_in_namespace(&reader.namespace, pods)
             }));
         }
         Peer::Namespaces { namespaces, pods } => {
