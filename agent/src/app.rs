@@ -74,8 +74,8 @@ enum Command {
         /// Check that the data process on the socket answers, then exit
         #[arg(long, conflicts_with = "take_over")]
         probe: bool,
-        /// Directory of the sockets of this pod. With this option, the keeper takes the data plane
-        /// over when the agent of the same pod takes over
+        /// Directory of the sockets of this pod. With this option, the command acquires the data
+        /// plane of the node when the agent of this pod requests it, not at once
         #[arg(long)]
         instance: Option<PathBuf>,
         /// Confine the data process neither with seccomp nor with Landlock (dataplane.seccomp =
@@ -126,7 +126,7 @@ enum Command {
     /// Check that the agent of this pod is alive (for probes of kubelet)
     #[command(hide = true)]
     Health(service::HealthArgs),
-    /// Wait for a signal; with --lock, wait for the lock of the agent's role, then run the agent
+    /// Wait for a signal; with --lock, wait until no agent holds the lock, then run the agent again
     #[command(hide = true)]
     Hold(hold::HoldArgs),
     /// Print the CustomResourceDefinition of SkeinNode (for kubectl apply -f -)

@@ -30,7 +30,7 @@ const LOCK_FD: &str = "--lock-fd=";
 
 #[derive(Args)]
 pub(crate) struct HoldArgs {
-    /// Lock file of the role
+    /// Lock file that the active agent of the node holds
     #[arg(long)]
     lock: Option<PathBuf>,
     /// Descriptor of the lock, which is sent to the other agent

@@ -1,7 +1,9 @@
-//! Stored lower bound of the wall clock. Handshakes carry a timestamp, and a peer refuses one that
-//! is not later than the last. A node whose clock was set back would therefore be refused. If the
-//! clock is set back by less than the interval between two writes (60 s), the node waits until the
-//! clock catches up.
+//! Stored lower bound of the wall clock. Handshakes carry a timestamp, and a peer refuses a
+//! timestamp that is not later than the last one. A peer would therefore refuse the handshakes of a
+//! node whose clock was set back. A data process that starts after a set-back uses timestamps after
+//! the latest known time instead. This time is stored every 60 s, so that an agent that restarts
+//! cannot detect a set-back to a time after the last write. Peers may then refuse handshakes until
+//! the clock has passed the last timestamp.
 
 use std::path::PathBuf;
 use std::time::SystemTime;

@@ -58,7 +58,7 @@ pub enum Command {
     Check(Check),
     /// Removes the attachments that are not valid and have no namespace any more.
     Gc(Gc),
-    /// Requests whether the agent can serve an ADD now.
+    /// Checks whether the agent can serve an ADD now.
     Status,
 }
 

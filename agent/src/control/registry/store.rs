@@ -25,7 +25,8 @@ pub struct Stored {
     /// no unreachable routes.
     #[serde(default)]
     pub(super) local_cidrs: Vec<IpNet>,
-    /// The configured `cluster_cidrs`, which the cluster has not contradicted.
+    /// `cluster_cidrs` of the last configuration with which an agent has started successfully. A
+    /// start fails if a prefix contains the API server or overlaps with a Service range.
     #[serde(default)]
     pub(super) cluster_cidrs: Vec<IpNet>,
     /// Prefixes that no node owns any more.
@@ -34,8 +35,9 @@ pub struct Stored {
     /// Name of the nftables table; `None` in files of versions that did not store it.
     #[serde(default)]
     pub(super) table: Option<String>,
-    /// True if [`restore_accept_ra`] has succeeded, or if no earlier version has changed the
-    /// settings; false in files of versions that changed them.
+    /// True if [`restore_accept_ra`] has restored the `accept_ra` sysctls of the interfaces, or if
+    /// no earlier version has changed them. The field is absent in files of versions that changed
+    /// them, and then counts as false.
     ///
     /// [`restore_accept_ra`]: skein_netlink::Netlink::restore_accept_ra
     #[serde(default)]
@@ -74,8 +76,8 @@ impl Stored {
         if !config.interface.unreachable_routes {
             return None;
         }
-        // The remaining prefixes may contain the API server, whose address is compared with them
-        // later.
+        // Prefixes that are not in the file are left out, because they may contain the API server.
+        // They are compared with its address only after this call.
         let mut config = config.clone();
         config.cluster_cidrs.retain(|net| self.cluster_cidrs.contains(net));
         let local = config.pod_cidrs.as_ref().unwrap_or(&self.local_cidrs);
@@ -105,7 +107,8 @@ impl Stored {
         }
     }
 
-    /// Replaces the file durably, because a node may lose its power, and the API server with it.
+    /// Replaces the file durably. A power failure may stop the node and the API server at the same
+    /// time, and the node then needs the file for its records.
     ///
     /// # Errors
     /// The file or its directory cannot be written.

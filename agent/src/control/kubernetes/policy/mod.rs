@@ -30,7 +30,7 @@ use crate::policy::source::{
     Needs, ObjectId, PodScope, PolicyEvent, PolicyObject, PolicySink, Scope, ServiceEnded,
 };
 
-/// Time after which a watch ends that no policy needs any more.
+/// Time for which a watch continues after the last policy that needs it was removed.
 const UNUSED_TIMEOUT: Duration = Duration::from_secs(300);
 /// Interval at which unused watches are looked for.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
@@ -132,7 +132,8 @@ struct Watches {
     sink: PolicySink,
     health: mpsc::UnboundedSender<(Scope, Health)>,
     running: BTreeMap<Scope, Running>,
-    /// State of the source as last sent.
+    /// Last sent state of the source: `None` if no state was sent yet, `Some(None)` if the source
+    /// is available, otherwise the reason why the source is unavailable.
     unavailable: Option<Option<String>>,
     /// True after [`PolicyEvent::Complete`] was sent.
     is_complete: bool,
@@ -366,7 +367,8 @@ impl<T: Watched> Receiver<T> for Feed {
                 PolicyEvent::Unreadable(part, Some(error))
             }
             Report::ListComplete => {
-                // The service has the end of the list before it hears of the source's state.
+                // The service must receive the end of the list before the state of the source,
+                // which `health` may change.
                 self.sink.send(PolicyEvent::ListComplete(scope.clone())).await?;
                 health(Health::Complete);
                 return Ok(());
