@@ -16,8 +16,8 @@ use skein_lab::load::transfer::Transfer;
 use skein_lab::{Family, Lab, Plan, registry};
 use skein_lab::{cargo, checks, programs};
 
-/// Last commit before the code's names for the fields of messages and stored files changed. The
-/// serialised names did not change.
+/// Last commit before the Rust fields of messages and stored files were renamed. Their serialised
+/// names stayed the same.
 const EARLIER_COMMIT: &str = "19ee88e9";
 /// Size of the transfer that runs during a take-over, bytes, and its rate, bytes per second.
 const TRANSFER: (u64, u64) = (60 << 20, 20 << 20);
@@ -47,9 +47,9 @@ pub fn run(options: &Options) -> Result<()> {
     registry::prepare();
     let order = [("to this tree", &current), ("back", &earlier), ("to this tree again", &current)];
     console.step("take-overs of an agent that starts its data process itself");
-    embedded(&earlier, &order, &console)?;
+    take_over_agents(&earlier, &order, &console)?;
     console.step("take-overs between pods of the chart");
-    pods(&earlier, &order, &console)?;
+    take_over_pods(&earlier, &order, &console)?;
     console.step("agents of both versions as peers");
     peers(&earlier, &current, &console)
 }
@@ -95,7 +95,8 @@ fn unpack(commit: &str, directory: &Path) -> Result<()> {
 /// Agents that take over one after the other: text to print, and path of the program.
 type Order<'a> = [(&'a str, &'a PathBuf)];
 
-fn embedded(first: &Path, order: &Order<'_>, console: &Console) -> Result<()> {
+/// Takes over between agents that start their data processes themselves.
+fn take_over_agents(first: &Path, order: &Order<'_>, console: &Console) -> Result<()> {
     let mut cluster = prepare(first)?;
     cluster.start()?;
     checks::all_reach_all(&cluster.lab)?;
@@ -107,7 +108,8 @@ fn embedded(first: &Path, order: &Order<'_>, console: &Console) -> Result<()> {
     checks::all_reach_all(&cluster.lab)
 }
 
-fn pods(first: &Path, order: &Order<'_>, console: &Console) -> Result<()> {
+/// Takes over between pods of the chart: each has an agent and a keeper.
+fn take_over_pods(first: &Path, order: &Order<'_>, console: &Console) -> Result<()> {
     let mut cluster = prepare(first)?;
     let mut pod = Instance::start_cluster(&mut cluster, "pod-0")?;
     for (number, (step, program)) in (1..).zip(order) {

@@ -105,8 +105,8 @@ impl Desired {
         }
     }
 
-    /// Returns the addresses that are pods'. The address of a node in its pod CIDR is not a pod's:
-    /// for this node the configured address, for peers the default one.
+    /// Returns the addresses that are pods'. The overlay addresses of nodes are not pods': for this
+    /// node the configured ones, for peers those in their records or the default ones.
     pub fn pod_networks(&self) -> PodNetworks {
         PodNetworks {
             networks: self.overlay.iter().copied().collect(),

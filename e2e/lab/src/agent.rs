@@ -279,7 +279,8 @@ impl Agent {
         Ok(previous)
     }
 
-    /// Starts a data process for `dataplane.mode = "external"` and returns its keeper.
+    /// Starts a data process for `dataplane.mode = "external"`. Returns the keeper: the parent
+    /// process of the data process, which holds the sockets and sessions.
     ///
     /// # Errors
     /// If the program cannot be started.
@@ -287,7 +288,8 @@ impl Agent {
         self.dataplane_command(&[])
     }
 
-    /// Starts a data process that takes over from the running one, and returns its keeper.
+    /// Starts a data process that takes over from the running one. Returns the keeper of the new
+    /// data process.
     ///
     /// # Errors
     /// If the program cannot be started.

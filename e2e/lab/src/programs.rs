@@ -32,9 +32,9 @@ const CEL_PACKAGE: &str = "cel-python==0.5.0";
 /// Spelling checker; the package contains the program of the crate typos-cli.
 const TYPOS_PACKAGE: &str = "typos==1.52.0";
 
-/// Returns the directory of programs that are slow to get, `kubernetes` in the first of
-/// `SKEIN_CACHE`, `XDG_CACHE_HOME/skein` and `HOME/.cache/skein`. Creates the directory if it is
-/// missing.
+/// Returns the directory of programs that take long to fetch or to build. It is the subdirectory
+/// `kubernetes` of the cache: `SKEIN_CACHE`, `XDG_CACHE_HOME/skein` or `HOME/.cache/skein`, in this
+/// order the first whose variable is set. Creates the directory if it is missing.
 ///
 /// # Errors
 /// If none of the variables is set, or if the directory cannot be created.

@@ -89,7 +89,7 @@ const COMMENT_WIDTH: usize = 100;
 const MARKDOWN_WIDTH: usize = 120;
 /// Longest name of a test, characters.
 const TEST_NAME_LENGTH: usize = 60;
-/// Lines of a file beyond which it counts as long.
+/// Maximum number of lines of a file that does not count as long.
 const FILE_LENGTH: usize = 500;
 
 /// Checks one Rust file.

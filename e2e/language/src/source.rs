@@ -104,7 +104,8 @@ fn walk(tokens: TokenStream, skip_docs: bool, source: &mut Source) {
     end_item(&mut pending, skip_docs, source);
 }
 
-/// Stores the doc comment of the enclosing item, whose inner attributes end here.
+/// Stores the inner doc comment (`//!`) of the enclosing item. The caller has read the first token
+/// after the inner attributes, so that the comment is complete.
 fn end_inner(pending: &mut Pending, skip_docs: bool, source: &mut Source) {
     source.docs.extend(pending.inner_doc.take().filter(|_| !skip_docs));
 }

@@ -14,7 +14,8 @@ use super::faults::Fault;
 use super::flows::{FlowKind, FlowStats};
 use super::sampler::{Sample, Samples};
 
-/// Maximum growth of a process's median memory from the second to the last sixth of the run, bytes.
+/// Maximum growth of a process's median memory from the second sixth to the last sixth of the run,
+/// bytes.
 /// A process that was started a minute ago has touched less of its buffers than an older one.
 const MEMORY_BOUND: u64 = 3 << 20;
 
@@ -152,8 +153,8 @@ impl fmt::Display for Report {
         }
         writeln!(
             f,
-            "Maximum growth from the second to the last sixth of the run (medians): {} MiB and \
-             {DESCRIPTOR_BOUND} descriptors.",
+            "Maximum growth from the second sixth to the last sixth of the run (medians): {} MiB \
+             and {DESCRIPTOR_BOUND} descriptors.",
             MEMORY_BOUND >> 20
         )?;
         self.problems.iter().try_for_each(|problem| writeln!(f, "PROBLEM {problem}"))

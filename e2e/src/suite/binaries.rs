@@ -176,8 +176,9 @@ pub(super) fn run(
     Ok(totals)
 }
 
-/// Runs each failed test of a batch once more while no other test runs. A test that passes then
-/// counts as passed. Its name is printed at the end, because it depends on the load of the machine.
+/// Runs each failed test of a batch once more while no other test runs. If the test passes the
+/// second time, it counts as passed, and its name is printed at the end: the result of the test
+/// depends on the load of the machine.
 fn repeat_failures(
     mut batch: Batch,
     options: &[&str],

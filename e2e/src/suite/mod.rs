@@ -43,7 +43,7 @@ pub fn run(options: &Options) -> Result<()> {
         cargo::run(&["build", "--release", "--workspace", "--bins", "--tests", "--examples"])
     })?;
     if options.filter.is_none() {
-        // Tests of the released programs would build them, which takes longer than a test may.
+        // Otherwise tests would build the released programs themselves, and exceed TEST_TIMEOUT.
         console.step("building the programs (profile dist)");
         cargo::build_static(&["skein-agent", "skein-cni"])?;
     }

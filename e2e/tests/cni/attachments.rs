@@ -127,7 +127,8 @@ fn pods_reach_the_outside_with_the_nodes_address() -> Result<()> {
     for masquerade in [true, false] {
         let cluster = up(2, |agent| agent.set("cni.masquerade", masquerade))?;
         let (a, b) = (runtime(&cluster, 0)?.pod("a")?, runtime(&cluster, 1)?.pod("b")?);
-        // The machine has a route to the pods, which answers to their own addresses need.
+        // The outside machine has a route to the pods. Without masquerading, its answers go to the
+        // addresses of the pods and need the route.
         let outside = outside(&cluster)?;
         for family in Family::BOTH {
             let node = &cluster.lab.nodes[0];

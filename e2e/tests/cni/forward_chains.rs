@@ -40,7 +40,8 @@ impl Scene {
         Ok(Self { cluster, a, a2, b })
     }
 
-    /// A cluster whose first node has closed chains with the agent's rules.
+    /// Returns a cluster whose first node has FORWARD chains with the policy drop, and in them the
+    /// rules of the agent.
     fn closed() -> Result<Self> {
         let scene = Self::up(true)?;
         scene.close()?;
@@ -48,18 +49,20 @@ impl Scene {
         Ok(scene)
     }
 
-    fn home(&self) -> &Netns {
+    /// Returns the network namespace of the first node.
+    fn first_node(&self) -> &Netns {
         node(&self.cluster, 0)
     }
 
-    /// Closes the chains of the first node, as a restarted service does. The commands are one
-    /// transaction, so that a chain has its policy at every moment. Each chain has one rule of the
-    /// other program, which drops the port [`DROPPED_PORT`].
+    /// Flushes the chains of the first node and sets their policy to drop, as the other program does
+    /// when its service restarts. The commands are one transaction, so that a chain has its policy
+    /// at every moment. Each chain has one rule of the other program, which drops the port
+    /// [`DROPPED_PORT`].
     fn close(&self) -> Result<()> {
         CHAINS.iter().try_for_each(|chain| {
             let table = chain.trim_end_matches(" FORWARD");
             let hook = "{ type filter hook forward priority 0 ; policy drop ; }";
-            self.home().nft(&format!(
+            self.first_node().nft(&format!(
                 "add table {table}\nadd chain {chain} {hook}\nflush chain {chain}\n\
                  add rule {chain} udp dport {DROPPED_PORT} drop\n"
             ))
@@ -73,7 +76,7 @@ impl Scene {
     /// Returns an error if a rule of the agent precedes a rule of the other program.
     fn rules(&self) -> Result<Vec<usize>> {
         let count = |chain: &&str| {
-            let text = self.home().sh(&format!("nft list chain {chain}"))?;
+            let text = self.first_node().sh(&format!("nft list chain {chain}"))?;
             let rules = text.lines().filter(|line| line.contains("skp*")).count();
             let is_behind = text.rfind("drop") < text.find("skp*");
             ensure!(is_behind, "A rule of the agent precedes another program's: {text}");
@@ -92,7 +95,7 @@ impl Scene {
     fn filters(&self, open: bool) -> Result<()> {
         let Self { cluster, a, b, .. } = self;
         let outside = outside(cluster)?;
-        self.home().nft(&format!(
+        self.first_node().nft(&format!(
             "add table ip ports\ndelete table ip ports\nadd table ip ports\n\
              add chain ip ports pre {{ type nat hook prerouting priority dstnat ; }}\n\
              add rule ip ports pre udp dport 8080 dnat to {}:8080\n",
@@ -131,7 +134,7 @@ fn closed_chain_is_reported_with_the_remedy_if_rules_are_off() -> Result<()> {
     for family in Family::BOTH {
         checks::does_not_reach(&scene.a, &scene.b, family)?;
     }
-    let ruleset = scene.home().sh("nft list ruleset")?;
+    let ruleset = scene.first_node().sh("nft list ruleset")?;
     ensure!(!ruleset.contains("skein: pods"), "The agent added rules: {ruleset}");
     Ok(())
 }
@@ -155,9 +158,9 @@ fn closed_chains_pass_traffic_of_pods_only() -> Result<()> {
 #[test]
 fn rules_survive_a_restore_by_iptables() -> Result<()> {
     let scene = Scene::closed()?;
-    let home = scene.home();
+    let netns = scene.first_node();
     for iptables in ["iptables-nft", "ip6tables-nft"] {
-        let listed = home.sh(&format!("{iptables} -S FORWARD"))?;
+        let listed = netns.sh(&format!("{iptables} -S FORWARD"))?;
         for rule in [
             "-P FORWARD DROP",
             "-A FORWARD -i skp+ ",
@@ -169,9 +172,9 @@ fn rules_survive_a_restore_by_iptables() -> Result<()> {
         let mut rules = listed.lines().filter(|line| line.contains("skp+"));
         let have_comment = rules.all(|rule| rule.contains("--comment \"skein: pods\""));
         ensure!(have_comment, "A rule has no comment: {listed}");
-        // As a service does that keeps rules over a restart.
-        let saved = home.sh(&format!("{iptables}-save"))?;
-        let mut restore = home.command(format!("{iptables}-restore"));
+        // Some services save the rules when they stop, and restore them when they start.
+        let saved = netns.sh(&format!("{iptables}-save"))?;
+        let mut restore = netns.command(format!("{iptables}-restore"));
         process::run_with_input(&mut restore, saved.as_bytes())?;
     }
     thread::sleep(NEXT_CHECK);
@@ -194,7 +197,7 @@ fn rules_are_restored_after_a_reload_of_the_chains() -> Result<()> {
 fn rules_move_behind_rules_that_are_added_later() -> Result<()> {
     let scene = Scene::closed()?;
     for chain in CHAINS {
-        scene.home().sh(&format!("nft add rule {chain} udp dport 7778 drop"))?;
+        scene.first_node().sh(&format!("nft add rule {chain} udp dport 7778 drop"))?;
     }
     scene.await_rules("The rules are behind the new ones.")?;
     let arrived = udp::arrives(&scene.a.ns, &scene.b.ns, (scene.b.v4, 7778).into())?;
@@ -210,7 +213,7 @@ fn rules_follow_the_setting() -> Result<()> {
         agent.stop()?;
         agent.set("cni.forward_accept", accept);
         agent.start()?;
-        let rules = scene.home().sh("nft list chain ip filter FORWARD")?;
+        let rules = scene.first_node().sh("nft list chain ip filter FORWARD")?;
         ensure!(rules.contains("skp*") == accept, "With forward_accept = {accept}: {rules}");
         if !accept {
             scene.filters(false)?;
@@ -226,7 +229,7 @@ fn cleanup_removes_the_rules_and_no_others() -> Result<()> {
     agent.stop()?;
     let finished = agent.run_command(&["cleanup"])?;
     ensure!(finished.code == 0, "cleanup failed: {}{}", finished.stdout, finished.stderr);
-    let rules = scene.home().sh("nft list ruleset")?;
+    let rules = scene.first_node().sh("nft list ruleset")?;
     ensure!(!rules.contains("skp"), "A rule of the agent remains: {rules}");
     ensure!(rules.contains("7777"), "A rule of another program was removed: {rules}");
     Ok(())

@@ -230,8 +230,8 @@ fn deleted_dataplane_socket_is_created_again() -> Result<()> {
     Ok(())
 }
 
-/// The keeper restarts a data process that ends repeatedly a limited number of times; then the
-/// agent starts another keeper.
+/// A keeper restarts a failing data process at most three times in a row, and exits at the next
+/// failure. The agent then starts another keeper.
 #[test]
 fn data_process_that_ends_repeatedly_gets_another_keeper() -> Result<()> {
     let cluster = Cluster::up(&Plan::default(), Family::V4)?;
@@ -260,8 +260,8 @@ fn data_plane_is_taken_over_without_loss() -> Result<()> {
         for _ in 0..2 {
             let next = agents[0].take_over_dataplane()?;
             let mut old = std::mem::replace(&mut processes[0], next);
-            // The first data process, which took nothing over, ends. The second waits until it is
-            // stopped.
+            // The first keeper was started without `--take-over`, and exits after the hand-over. The
+            // second keeper was started with the option, and stays without a data process.
             let gone = || Ok(old.exited() == Some(0) || agents[0].keeper_pids().len() == 1);
             checks::eventually("the old data process is idle", checks::EVENT_TIMEOUT, gone)?;
             thread::sleep(Duration::from_millis(500));
@@ -326,7 +326,8 @@ fn agent_takes_over_from_another_without_loss() -> Result<()> {
     ensure!(agent.http("/readyz")?.status == 200, "The agent is not ready.");
     let keepers = agent.keeper_pids();
     ensure!(keepers == [processes[0].pid()], "Another data process is active: {keepers:?}");
-    // An agent alone takes over with settings that need another data process.
+    // Only the agent is replaced. Its settings need a new data process, so that the running one
+    // ends.
     agent.set("dataplane.bundling", false);
     let old = agent.replace()?;
     drop(old);

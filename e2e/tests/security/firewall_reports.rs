@@ -137,8 +137,9 @@ fn closed_forward_chain_is_reported_with_the_remedy() -> Result<()> {
     Ok(())
 }
 
-/// `check` without a configuration assumes the default interface and pods of the CNI plugin, and
-/// reports the assumption. An invalid configuration is reported and does not end the other probes.
+/// Without a configuration, `check` assumes the default interface and pods that the CNI plugin
+/// attaches, and reports the assumption. An invalid configuration is reported and does not end the
+/// other probes.
 #[test]
 fn check_reports_a_missing_or_invalid_configuration() -> Result<()> {
     let border = Border::up(true, |_| ())?;

@@ -197,8 +197,8 @@ fn former_own_pod_cidr_is_refused() -> Result<()> {
     scene.nothing_in_clear("own pod CIDR changed", &unused(0), |scene| {
         scene.cluster.agents.iter().try_for_each(|agent| agent.put_record(&record))
     })?;
-    // The border drops packets of a pod with such an address, so that only the node receives a
-    // refusal.
+    // The agent's nftables table drops packets of the pod, because their source is in the former pod
+    // CIDR. Only the node's own probes are therefore refused with an ICMP error.
     scene.nothing_in_clear("former pod CIDR of this node", &unused(0), |_| Ok(()))?;
     scene.nothing_in_clear("the same after a restart", &unused(0), |scene| {
         scene.cluster.agents[0].stop()?;
@@ -237,9 +237,10 @@ fn flushed_unreachable_routes_come_back_at_once() -> Result<()> {
     repaired(&scene.cluster)
 }
 
-/// After a boot no route exists, and the agent waits for its records.
+/// After a boot no route exists. While the agent waits for its records, it adds unreachable routes
+/// for the prefixes that it has stored.
 #[test]
-fn waiting_agent_refuses_kept_prefixes() -> Result<()> {
+fn waiting_agent_refuses_packets_to_stored_prefixes() -> Result<()> {
     let mut scene = Scene::up(false)?;
     remove_record(&scene.cluster, "node-c")?;
     checks::eventually("the record is gone", checks::EVENT_TIMEOUT, || {
@@ -254,7 +255,7 @@ fn waiting_agent_refuses_kept_prefixes() -> Result<()> {
     agent.launch()?;
     let limit = checks::EVENT_TIMEOUT;
     let ns = scene.ns(0);
-    checks::eventually("kept prefixes are refused", limit, || Ok(unreachable(ns)? == before))?;
+    checks::eventually("stored prefixes are refused", limit, || Ok(unreachable(ns)? == before))?;
     ensure!(
         !ns.interfaces()?.contains(&"skein0".to_owned()),
         "The agent did not wait for its records."
@@ -304,12 +305,13 @@ fn unreachable_routes_can_be_switched_off() -> Result<()> {
 }
 
 #[test]
-fn cluster_cidrs_with_an_endpoint_end_the_start() -> Result<()> {
+fn agent_refuses_to_start_with_endpoint_in_cluster_cidrs() -> Result<()> {
     let mut scene = Scene::prepare(false)?;
     let wide = ["10.244.0.0/16", "fd00:10:244::/48", "192.0.2.0/24"];
     let agent = &mut scene.cluster.agents[0];
     agent.set("cluster_cidrs", wide.map(|cidr| toml::Value::from(cidr.to_owned())).to_vec());
-    // The start ends whether the agent listens on the address or on all addresses.
+    // The agent refuses to start both if it listens on the address and if it listens on all
+    // addresses.
     for addresses in [vec!["192.0.2.1".to_owned()], vec!["0.0.0.0".to_owned()]] {
         agent.set("underlay.addresses", addresses);
         let finished = agent.run_to_end(Duration::from_secs(10))?;
