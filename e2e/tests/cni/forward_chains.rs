@@ -54,9 +54,9 @@ impl Scene {
         node(&self.cluster, 0)
     }
 
-    /// Flushes the chains of the first node and sets their policy to drop, as the other program does
-    /// when its service restarts. The commands are one transaction, so that a chain has its policy
-    /// at every moment. Each chain has one rule of the other program, which drops the port
+    /// Flushes the chains of the first node and sets their policy to drop, as the other program
+    /// does when its service restarts. The commands are one transaction, so that a chain has its
+    /// policy at every moment. Each chain has one rule of the other program, which drops the port
     /// [`DROPPED_PORT`].
     fn close(&self) -> Result<()> {
         CHAINS.iter().try_for_each(|chain| {

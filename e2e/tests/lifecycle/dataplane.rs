@@ -260,8 +260,8 @@ fn data_plane_is_taken_over_without_loss() -> Result<()> {
         for _ in 0..2 {
             let next = agents[0].take_over_dataplane()?;
             let mut old = std::mem::replace(&mut processes[0], next);
-            // The first keeper was started without `--take-over`, and exits after the hand-over. The
-            // second keeper was started with the option, and stays without a data process.
+            // The first keeper was started without `--take-over`, and exits after the hand-over.
+            // The second keeper was started with the option, and stays without a data process.
             let gone = || Ok(old.exited() == Some(0) || agents[0].keeper_pids().len() == 1);
             checks::eventually("the old data process is idle", checks::EVENT_TIMEOUT, gone)?;
             thread::sleep(Duration::from_millis(500));

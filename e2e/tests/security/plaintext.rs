@@ -197,8 +197,8 @@ fn former_own_pod_cidr_is_refused() -> Result<()> {
     scene.nothing_in_clear("own pod CIDR changed", &unused(0), |scene| {
         scene.cluster.agents.iter().try_for_each(|agent| agent.put_record(&record))
     })?;
-    // The agent's nftables table drops packets of the pod, because their source is in the former pod
-    // CIDR. Only the node's own probes are therefore refused with an ICMP error.
+    // The agent's nftables table drops packets of the pod, because their source is in the former
+    // pod CIDR. Only the node's own probes are therefore refused with an ICMP error.
     scene.nothing_in_clear("former pod CIDR of this node", &unused(0), |_| Ok(()))?;
     scene.nothing_in_clear("the same after a restart", &unused(0), |scene| {
         scene.cluster.agents[0].stop()?;
