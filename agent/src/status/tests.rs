@@ -90,7 +90,7 @@ fn status_contains_all_sections() {
             "192.0.2.2:51900",
             "established",
             "1",
-            "m",
+            "min",
             "15",
             "s",
             "0.42",
