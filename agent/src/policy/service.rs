@@ -159,6 +159,7 @@ impl PolicyService {
             state: state_sender,
             are_attachments_known: false,
             is_installed: false,
+            is_sweep_due: false,
             error: None,
             retry_at: None,
             not_ready: Some(settings.readiness.block("network policies are not enforced yet")),
@@ -311,6 +312,8 @@ struct Owner<T> {
     are_attachments_known: bool,
     /// True if the kernel's table has the last program.
     is_installed: bool,
+    /// True if open connections are to be compared with the policies after the next commit.
+    is_sweep_due: bool,
     /// Error of the last commit.
     error: Option<String>,
     retry_at: Option<Instant>,
@@ -333,6 +336,7 @@ impl<T: Table> Owner<T> {
         self.publish();
         while self.collect().await {
             self.commit().await;
+            self.sweep().await;
             self.answer();
             self.publish();
             self.store.save(&self.objects);
@@ -344,8 +348,12 @@ impl<T: Table> Owner<T> {
     async fn collect(&mut self) -> bool {
         let mut is_urgent = false;
         let Some(mut input) = self.next(None).await else { return false };
-        for _ in 0..MAX_BATCH {
+        for number in 1.. {
             is_urgent |= self.take(input).await;
+            // A received input must be applied, so that the bound is checked before the next one.
+            if number == MAX_BATCH {
+                break;
+            }
             let earliest = self.last_commit.map(|at| at + COLLECT_INTERVAL);
             let until = earliest.filter(|_| !is_urgent).unwrap_or_else(Instant::now);
             match self.next(Some(until)).await {
@@ -398,9 +406,7 @@ impl<T: Table> Owner<T> {
                 true
             }
             Input::Table(Event::SweepDue) => {
-                if let Err(error) = self.table.sweep(&self.objects.engine).await {
-                    tracing::warn!(error, "open connections not compared with the policies");
-                }
+                self.is_sweep_due = true;
                 false
             }
             Input::Deadline => true,
@@ -474,6 +480,7 @@ impl<T: Table> Owner<T> {
     /// Writes the changes since the last commit to the kernel.
     async fn commit(&mut self) {
         if self.is_waiting_for_policies().await {
+            self.retry_at = self.retry_at.map(|_| Instant::now() + RETRY_INTERVAL);
             return;
         }
         let difference = self.objects.engine.take_difference();
@@ -529,6 +536,18 @@ impl<T: Table> Owner<T> {
             && !self.objects.are_policies_known()
             && self.attachments.earlier.is_empty()
             && self.table.exists().await != Ok(false)
+    }
+
+    /// Compares open connections with the policies if this is due and the kernel's table has the
+    /// engine's program.
+    async fn sweep(&mut self) {
+        if !self.is_sweep_due || !self.is_installed {
+            return;
+        }
+        self.is_sweep_due = false;
+        if let Err(error) = self.table.sweep(&self.objects.engine).await {
+            tracing::warn!(error, "open connections not compared with the policies");
+        }
     }
 
     /// Answers the requests that the last commit has completed.

@@ -198,6 +198,22 @@ async fn known_pod_is_enforced_before_attach_returns() {
 }
 
 #[tokio::test]
+async fn list_longer_than_a_batch_is_applied_wholly() {
+    let fixture = Fixture::start(false);
+    fixture.service.set_attachments(Vec::new()).await;
+    let named = |number| {
+        PolicyObject::NetworkPolicy(read(json!({
+            "metadata": { "namespace": "shop", "name": format!("policy-{number}") },
+            "spec": { "podSelector": {}, "policyTypes": ["Ingress"] },
+        })))
+    };
+    let number = 2 * MAX_BATCH + 100;
+    fixture.list((0..number).map(named).collect()).await;
+    let applied = fixture.service.status().policies;
+    assert_eq!(applied, number, "Every policy of the list must be applied.");
+}
+
+#[tokio::test]
 async fn pod_in_namespace_without_policies_does_not_wait() {
     let fixture = Fixture::start(false);
     fixture.service.set_attachments(Vec::new()).await;
