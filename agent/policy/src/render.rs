@@ -152,19 +152,26 @@ impl<'a> Text<'a> {
             let hook = format!("{{ type filter hook {hook} priority {priority}; policy accept; }}");
             let others = format!("{key} != \"{prefix}*\" accept");
             let dispatch = format!("{key} vmap @{map}");
-            let mut rules = vec![
-                &*others,
-                "ct state established ip saddr . ip daddr . meta l4proto . th sport . th dport \
-                 @cut4 counter name cut drop",
-                "ct state established ip6 saddr . ip6 daddr . meta l4proto . th sport . th dport \
-                 @cut6 counter name cut drop",
+            let is_forwarded = map != "to_node";
+            let mut rules = vec![&*others];
+            if is_forwarded {
+                // Replies of pods to their own node always pass, so that only forwarded connections
+                // are cut.
+                rules.extend([
+                    "ct state established ip saddr . ip daddr . meta l4proto . th sport . th dport \
+                     @cut4 counter name cut drop",
+                    "ct state established ip6 saddr . ip6 daddr . meta l4proto . th sport . th \
+                     dport @cut6 counter name cut drop",
+                ]);
+            }
+            rules.extend([
                 // A policy that is made stricter applies to the original direction of open
                 // connections.
                 "ct state related accept",
                 "ct direction reply ct state established accept",
                 &*dispatch,
-            ];
-            if map != "to_node" {
+            ]);
+            if is_forwarded {
                 rules.push("counter name unassigned goto refuse");
             }
             self.fill(chain, &hook, &rules);

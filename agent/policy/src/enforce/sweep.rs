@@ -32,6 +32,11 @@ const RENEWAL_INTERVAL: Duration = Duration::from_secs(300);
 const SECOND_SWEEP_DELAY: Duration = Duration::from_millis(100);
 /// Minimum pause between two sweeps, as a multiple of the time of the first one.
 const PAUSE_FACTOR: u32 = 10;
+/// Minimum delay of the sweep after one that failed.
+const RETRY_DELAY: Duration = Duration::from_secs(1);
+/// Age at which a sweep renews an entry. A sweep comes at the latest every [`RENEWAL_INTERVAL`], so
+/// that each entry is renewed before its timeout.
+const RENEWAL_AGE: Duration = Duration::from_secs(150);
 
 /// Set and key of one direction of a connection.
 type CutKey = (&'static str, Vec<u8>);
@@ -109,7 +114,7 @@ impl Sweeps {
         });
         for key in wanted {
             let added = cuts.get(key).copied().flatten();
-            if added.is_some_and(|added| now - added < RENEWAL_INTERVAL) {
+            if added.is_some_and(|added| now - added < RENEWAL_AGE) {
                 continue;
             }
             // Before Linux 6.12, the addition of a present element does not renew its timeout.
@@ -142,11 +147,13 @@ impl Enforcer {
     pub async fn sweep(&mut self, engine: &Engine) -> Result<usize, EnforceError> {
         let start = Instant::now();
         let result = self.try_sweep(engine).await;
-        if result.is_err() {
-            // The content of the sets is not known.
-            self.sweeps.cuts = None;
-        }
         self.sweeps.schedule(start);
+        if result.is_err() {
+            // The content of the sets is not known, and forbidden connections may be open.
+            self.sweeps.cuts = None;
+            self.sweeps.is_first = true;
+            self.sweeps.due = self.sweeps.not_before.max(Some(Instant::now() + RETRY_DELAY));
+        }
         result
     }
 
