@@ -168,7 +168,13 @@ impl Connection {
             self.receive(|_, kind, flags, payload| {
                 interrupted |= flags & NLM_F_DUMP_INTR != 0;
                 match kind {
-                    NLMSG_DONE => done = true,
+                    // A dump that fails after its first objects ends with an error (netlink(7)).
+                    NLMSG_DONE => match error_code(payload) {
+                        Some(code) if code < 0 => {
+                            return Err(io::Error::from_raw_os_error(-code).into());
+                        }
+                        _ => done = true,
+                    },
                     NLMSG_ERROR => match error_code(payload) {
                         Some(code) if -code == libc::ENOENT => (exists, done) = (false, true),
                         Some(code) if -code == libc::EINTR => (interrupted, done) = (true, true),
