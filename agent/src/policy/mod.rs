@@ -18,6 +18,8 @@ mod status;
 mod store;
 mod table;
 
+use std::time::Duration;
+
 use anyhow::Context;
 use skein_netlink::nftables::Monitor;
 
@@ -34,6 +36,9 @@ use crate::config::{Config, PolicyMode};
 use crate::failure::Failure;
 use crate::lifecycle::Readiness;
 
+/// Interval between attempts to remove the table of an earlier configuration.
+const REMOVAL_INTERVAL: Duration = Duration::from_secs(10);
+
 /// Starts the service of network policies, in static mode with the source of its objects.
 /// `monitor` has the notifications of nftables. Returns
 /// `None` if `policy.mode` is off; an agent with pods then removes the table of an earlier
@@ -48,14 +53,14 @@ pub async fn start(
 ) -> Result<Option<PolicyService>, Failure> {
     let mode = config.policy.mode;
     if mode == PolicyMode::Off {
-        if config.cni.enabled {
-            for (what, outcome) in remove(config).await {
-                match outcome {
-                    Ok(true) => tracing::info!("{what} of an earlier configuration removed"),
-                    Ok(false) => {}
-                    Err(error) => tracing::error!(error, "{what} not removed"),
+        if config.cni.enabled && !remove_earlier(config).await {
+            let config = config.clone();
+            // A table that remains drops the traffic of new pods.
+            tokio::spawn(async move {
+                while !remove_earlier(&config).await {
+                    tokio::time::sleep(REMOVAL_INTERVAL).await;
                 }
-            }
+            });
         }
         return Ok(None);
     }
@@ -77,6 +82,22 @@ pub async fn start(
         tokio::spawn(follow);
     }
     Ok(Some(service))
+}
+
+/// Removes what an earlier configuration has left. Returns false if something could not be removed.
+async fn remove_earlier(config: &Config) -> bool {
+    let mut is_complete = true;
+    for (what, outcome) in remove(config).await {
+        match outcome {
+            Ok(true) => tracing::info!("{what} of an earlier configuration removed"),
+            Ok(false) => {}
+            Err(error) => {
+                is_complete = false;
+                tracing::error!(error, "{what} not removed, trying again");
+            }
+        }
+    }
+    is_complete
 }
 
 /// Removes the kernel's table and the stored objects. Returns, for each of them, its name and
