@@ -78,7 +78,11 @@ async fn follow(client: Client, node: String, sink: PolicySink) {
                 Ok(()) => Ok(()),
                 Err(_) => Err(ServiceEnded),
             },
-            _ = sweep.tick() => watches.sweep(Instant::now()).await,
+            // A watch that is needed again since the last tick must not end.
+            _ = sweep.tick() => {
+                watches.want(&scopes(&needs.borrow()));
+                watches.sweep(Instant::now()).await
+            }
         };
         let wanted = scopes(&needs.borrow_and_update());
         watches.want(&wanted);
