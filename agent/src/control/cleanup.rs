@@ -108,6 +108,7 @@ pub async fn cleanup(config: &Config, state: bool) -> Result<CleanupReport, Fail
             "clock.new",
             "handshakes.json",
             "handshakes.json.new",
+            "policy.json",
             "policy.json.new",
         ];
         for path in keys.into_iter().chain(others.map(|name| config.state_dir.join(name))) {
