@@ -161,9 +161,10 @@ fn removed_table_is_restored() -> Result<()> {
     for command in ["nft flush ruleset", "nft delete table inet skein-policy"] {
         node(&cluster, 0).sh(command)?;
         let took = eventually("the table is restored", EVENT_TIMEOUT, || {
-            Ok(node(&cluster, 0)
-                .sh("nft list table inet skein-policy")?
-                .contains(&web.host_interface))
+            let table = node(&cluster, 0).sh("nft list table inet skein-policy")?;
+            // The base chains come last, after the entries of the interfaces.
+            let chains = table.matches("hook forward").count();
+            Ok(table.contains(&web.host_interface) && chains == 2)
         })?;
         println!("table restored after {} ms ({command})", took.as_millis());
         ensure!(!tcp(&client.ns, address, 81)?, "The policy is not enforced after {command}.");
