@@ -9,6 +9,7 @@ mod attribute;
 mod connection;
 mod dump;
 mod element;
+mod message;
 pub(crate) mod monitor;
 mod program;
 

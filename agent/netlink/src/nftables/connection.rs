@@ -7,28 +7,22 @@ use netlink_packet_netfilter::none::ControlMessage;
 use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
 };
-use rtnetlink::packet_core::{NetlinkBuffer, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use rtnetlink::packet_core::{NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use rtnetlink::sys::{Socket, SocketAddr, protocols};
 use thiserror::Error;
 
 use super::element::Change;
+use super::message::{
+    ALIGNMENT, MAX_DATAGRAM, NFGENMSG_LENGTH, NFNL_SUBSYS_NFTABLES, NLM_F_REQUEST, messages,
+};
 
-/// Subsystem of nftables (linux/netfilter/nfnetlink.h).
-const NFNL_SUBSYS_NFTABLES: u8 = 10;
 // Flags and types of messages (linux/netlink.h).
-const NLM_F_REQUEST: u16 = 0x001;
 const NLM_F_ACK: u16 = 0x004;
 const NLM_F_DUMP_INTR: u16 = 0x010;
 const NLM_F_DUMP: u16 = 0x300;
 const NLM_F_CREATE: u16 = 0x400;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
-/// Bytes of the header before the attributes (struct nfgenmsg: family, version, resource).
-const NFGENMSG_LENGTH: usize = 4;
-/// Alignment of messages in a datagram, bytes (NLMSG_ALIGNTO).
-const ALIGNMENT: usize = 4;
-/// Bytes of the largest datagram that the kernel sends.
-const MAX_DATAGRAM: usize = 64 << 10;
 /// Maximum number of elements of one message: the length of an attribute is below 64 KiB.
 const MAX_ELEMENTS: usize = 256;
 /// Maximum number of repetitions of a dump that changes interrupt.
@@ -223,14 +217,11 @@ impl Connection {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 received => received?,
             };
-            let mut rest = datagram.as_slice();
-            while let Ok(message) = NetlinkBuffer::new_checked(rest) {
+            for message in messages(&datagram) {
                 let (sequence, kind) = (message.sequence_number(), message.message_type());
                 if handle(sequence, kind, message.flags(), message.payload())? {
                     return Ok(());
                 }
-                let length = (message.length() as usize).next_multiple_of(ALIGNMENT);
-                rest = rest.get(length..).unwrap_or_default();
             }
         }
     }

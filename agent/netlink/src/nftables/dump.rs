@@ -7,6 +7,7 @@ use rtnetlink::packet_core::DefaultNla;
 use super::attribute::{attribute, attributes, long_number, number, text};
 use super::connection::{Connection, NftablesError, raw};
 use super::element::{Element, parse};
+use super::message::NFTA_TABLE;
 
 // Types of requests (linux/netfilter/nf_tables.h).
 const NFT_MSG_GETTABLE: u8 = 1;
@@ -15,8 +16,7 @@ const NFT_MSG_GETRULE: u8 = 7;
 const NFT_MSG_GETSET: u8 = 10;
 const NFT_MSG_GETSETELEM: u8 = 13;
 const NFT_MSG_GETOBJ: u8 = 19;
-// Attributes (linux/netfilter/nf_tables.h). The first attribute of each object is its table.
-const NFTA_TABLE: u16 = 1;
+// Attributes (linux/netfilter/nf_tables.h).
 const NFTA_TABLE_FLAGS: u16 = 2;
 const NFTA_CHAIN_NAME: u16 = 3;
 const NFTA_RULE_CHAIN: u16 = 2;

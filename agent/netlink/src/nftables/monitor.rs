@@ -5,38 +5,28 @@ use std::io;
 use std::mem;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rtnetlink::packet_core::{NetlinkBuffer, NlasIterator};
+use rtnetlink::packet_core::NetlinkBuffer;
 use rtnetlink::sys::{AsyncSocket, AsyncSocketExt, Socket, SocketAddr, TokioSocket, protocols};
 use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::attribute::{attribute, text};
+use super::attribute::{attribute, number, text};
+use super::message::{
+    MAX_DATAGRAM, NFGENMSG_LENGTH, NFNL_SUBSYS_NFTABLES, NFTA_TABLE, NLM_F_REQUEST, messages,
+};
 
 /// Multicast group of nftables (linux/netfilter/nfnetlink.h).
 const NFNLGRP_NFTABLES: u32 = 7;
-/// Subsystem of nftables in the upper byte of a message's type (linux/netfilter/nfnetlink.h).
-const NFNL_SUBSYS_NFTABLES: u8 = 10;
 /// Last message of a transaction (linux/netfilter/nf_tables.h).
 const NFT_MSG_NEWGEN: u8 = 15;
 /// Request for the number of the last transaction (linux/netfilter/nf_tables.h).
 const NFT_MSG_GETGEN: u8 = 16;
 /// Attribute of NFT_MSG_NEWGEN with the number, big-endian (linux/netfilter/nf_tables.h).
 const NFTA_GEN_ID: u16 = 1;
-/// Flag of a request (linux/netlink.h).
-const NLM_F_REQUEST: u8 = 1;
 /// Bytes of an NFT_MSG_GETGEN request: struct nlmsghdr and struct nfgenmsg.
 const GETGEN_LENGTH: u8 = 20;
 /// Address family of tables for IPv4 and IPv6 (linux/netfilter.h).
 const NFPROTO_INET: u8 = 1;
-/// Attribute with the table's name: the first one in messages about tables, chains, rules, sets,
-/// elements and objects (linux/netfilter/nf_tables.h).
-const NFTA_TABLE: u16 = 1;
-/// Bytes of the header before the attributes (struct nfgenmsg: family, version, resource).
-const NFGENMSG_LENGTH: usize = 4;
-/// Alignment of messages in a datagram, bytes (NLMSG_ALIGNTO).
-const ALIGNMENT: usize = 4;
-/// Bytes of the largest message that the kernel sends: NLMSG_GOODSIZE is a page or 8 KiB.
-const MAX_MESSAGE: usize = 64 << 10;
 /// Receive buffer in bytes. The kernel sends a notification for every element of a set, and the
 /// socket also receives large transactions of other programs.
 pub(crate) const RECEIVE_BUFFER: usize = 32 << 20;
@@ -105,7 +95,7 @@ impl Monitor {
         let counts = watch::Sender::default();
         let reader = Reader {
             socket,
-            buffer: Vec::with_capacity(MAX_MESSAGE),
+            buffer: Vec::with_capacity(MAX_DATAGRAM),
             touched: BTreeSet::new(),
             counts: counts.clone(),
         };
@@ -142,10 +132,10 @@ impl Monitor {
         request[..4].copy_from_slice(&u32::from(GETGEN_LENGTH).to_ne_bytes());
         let kind = u16::from_le_bytes([NFT_MSG_GETGEN, NFNL_SUBSYS_NFTABLES]);
         request[4..6].copy_from_slice(&kind.to_ne_bytes());
-        request[6..8].copy_from_slice(&u16::from(NLM_F_REQUEST).to_ne_bytes());
+        request[6..8].copy_from_slice(&NLM_F_REQUEST.to_ne_bytes());
         let requests = self.0.requests.lock().unwrap_or_else(PoisonError::into_inner);
         requests.send(&request, 0)?;
-        let mut answer = Vec::with_capacity(MAX_MESSAGE);
+        let mut answer = Vec::with_capacity(MAX_DATAGRAM);
         // The kernel answers within `send`.
         requests.recv(&mut answer, libc::MSG_DONTWAIT)?;
         generation(&answer).ok_or_else(|| io::ErrorKind::InvalidData.into())
@@ -285,10 +275,7 @@ fn generation(answer: &[u8]) -> Option<u32> {
     if message.message_type().to_le_bytes() != [NFT_MSG_NEWGEN, NFNL_SUBSYS_NFTABLES] {
         return None;
     }
-    let attributes = message.payload().get(NFGENMSG_LENGTH..)?;
-    let mut attributes = NlasIterator::new(attributes).flatten();
-    let number = attributes.find(|attribute| attribute.kind() == NFTA_GEN_ID)?;
-    number.value().try_into().ok().map(u32::from_be_bytes)
+    attribute(message.payload().get(NFGENMSG_LENGTH..)?, NFTA_GEN_ID).and_then(number)
 }
 
 /// Counts the transactions that end in `datagram` and have touched a table of `counts`, and returns
@@ -298,9 +285,8 @@ fn read(
     touched: &mut BTreeSet<String>,
     counts: &mut BTreeMap<String, usize>,
 ) -> bool {
-    let (mut rest, mut any) = (datagram, false);
-    while let Ok(message) = NetlinkBuffer::new_checked(rest) {
-        let length = (message.length() as usize).next_multiple_of(ALIGNMENT);
+    let mut any = false;
+    for message in messages(datagram) {
         let [kind, subsystem] = message.message_type().to_le_bytes();
         match (subsystem, kind) {
             (NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWGEN) => {
@@ -319,7 +305,6 @@ fn read(
             }
             _ => {}
         }
-        rest = rest.get(length..).unwrap_or_default();
     }
     any
 }
@@ -333,6 +318,7 @@ fn table_of(payload: &[u8]) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nftables::message::ALIGNMENT;
 
     /// Returns a message of nftables with one attribute.
     fn message(kind: u8, family: u8, attribute: u16, value: &[u8]) -> Vec<u8> {
