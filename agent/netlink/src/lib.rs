@@ -12,6 +12,7 @@ pub mod address;
 pub mod advertisement;
 mod connection;
 pub mod conntrack;
+mod datagram;
 mod error;
 pub mod firewall;
 #[cfg(any(test, feature = "fuzzing"))]

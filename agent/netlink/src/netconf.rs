@@ -3,12 +3,12 @@
 
 use std::io;
 
-use rtnetlink::packet_core::NetlinkBuffer;
 use rtnetlink::sys::protocols::NETLINK_ROUTE;
 use rtnetlink::sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket};
 use skein_sys::link;
 
 use super::connection::NetlinkError;
+use super::datagram::messages;
 
 /// Multicast groups and message type of linux/rtnetlink.h.
 const RTNLGRP_IPV4_NETCONF: u32 = 24;
@@ -66,19 +66,13 @@ impl Subscription {
 }
 
 /// Returns whether one of the messages concerns all interfaces or the interface with `index`.
-fn concerns(mut messages: &[u8], index: u32) -> bool {
-    while let Ok(message) = NetlinkBuffer::new_checked(messages) {
+fn concerns(datagram: &[u8], index: u32) -> bool {
+    messages(datagram).any(|message| {
         let attributes = message.payload().get(NETCONF_MESSAGE..).unwrap_or_default();
-        if message.message_type() == RTM_NEWNETCONF
-            && let Some(about) = interface(attributes)
-            && (about == NETCONFA_IFINDEX_ALL || u32::try_from(about) == Ok(index))
-        {
-            return true;
-        }
-        let length = (message.length() as usize).next_multiple_of(4);
-        messages = messages.get(length..).unwrap_or_default();
-    }
-    false
+        let is_about =
+            |about: i32| about == NETCONFA_IFINDEX_ALL || u32::try_from(about) == Ok(index);
+        message.message_type() == RTM_NEWNETCONF && interface(attributes).is_some_and(is_about)
+    })
 }
 
 /// Returns the interface index among the attributes.

@@ -1,17 +1,6 @@
 //! Attributes of netlink messages that the kernel has sent.
 
-use rtnetlink::packet_core::NlasIterator;
-
-/// Bytes of the header of an attribute (struct nlattr).
-const HEADER_LENGTH: usize = 4;
-
-/// Returns the attributes in `bytes` with their types, up to the first malformed one.
-pub(super) fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    NlasIterator::new(bytes).flatten().filter_map(|attribute| {
-        let (kind, length) = (attribute.kind(), usize::from(attribute.length()));
-        Some((kind, attribute.into_inner().get(HEADER_LENGTH..length)?))
-    })
-}
+pub(super) use skein_sys::link::attributes;
 
 /// Returns the value of the first attribute of a type.
 pub(crate) fn attribute(bytes: &[u8], kind: u16) -> Option<&[u8]> {

@@ -12,9 +12,8 @@ use rtnetlink::sys::{Socket, SocketAddr, protocols};
 use thiserror::Error;
 
 use super::element::Change;
-use super::message::{
-    ALIGNMENT, MAX_DATAGRAM, NFGENMSG_LENGTH, NFNL_SUBSYS_NFTABLES, NLM_F_REQUEST, messages,
-};
+use super::message::{MAX_DATAGRAM, NFGENMSG_LENGTH, NFNL_SUBSYS_NFTABLES, NLM_F_REQUEST};
+use crate::datagram::{ALIGNMENT, messages};
 
 // Flags and types of messages (linux/netlink.h).
 const NLM_F_ACK: u16 = 0x004;

@@ -1,6 +1,4 @@
-//! Netlink messages of nftables: constants of their form, and the messages of a datagram.
-
-use rtnetlink::packet_core::NetlinkBuffer;
+//! Constants of the form of nftables messages.
 
 /// Subsystem of nftables in the upper byte of a message's type (linux/netfilter/nfnetlink.h).
 pub(super) const NFNL_SUBSYS_NFTABLES: u8 = 10;
@@ -11,18 +9,5 @@ pub(super) const NLM_F_REQUEST: u16 = 1;
 pub(super) const NFTA_TABLE: u16 = 1;
 /// Bytes of the header before the attributes (struct nfgenmsg: family, version, resource).
 pub(super) const NFGENMSG_LENGTH: usize = 4;
-/// Alignment of messages in a datagram, bytes (NLMSG_ALIGNTO).
-pub(super) const ALIGNMENT: usize = 4;
 /// Bytes of the largest datagram that the kernel sends: NLMSG_GOODSIZE is a page or 8 KiB.
 pub(super) const MAX_DATAGRAM: usize = 64 << 10;
-
-/// Returns the messages in a datagram, up to the first malformed one.
-pub(super) fn messages(datagram: &[u8]) -> impl Iterator<Item = NetlinkBuffer<&[u8]>> {
-    let mut rest = datagram;
-    std::iter::from_fn(move || {
-        let message = NetlinkBuffer::new_checked(rest).ok()?;
-        let length = (message.length() as usize).next_multiple_of(ALIGNMENT);
-        rest = rest.get(length..).unwrap_or_default();
-        Some(message)
-    })
-}

@@ -12,8 +12,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::attribute::{attribute, number, text};
 use super::message::{
-    MAX_DATAGRAM, NFGENMSG_LENGTH, NFNL_SUBSYS_NFTABLES, NFTA_TABLE, NLM_F_REQUEST, messages,
+    MAX_DATAGRAM, NFGENMSG_LENGTH, NFNL_SUBSYS_NFTABLES, NFTA_TABLE, NLM_F_REQUEST,
 };
+use crate::datagram::messages;
 
 /// Multicast group of nftables (linux/netfilter/nfnetlink.h).
 const NFNLGRP_NFTABLES: u32 = 7;
@@ -318,7 +319,7 @@ fn table_of(payload: &[u8]) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nftables::message::ALIGNMENT;
+    use crate::datagram::ALIGNMENT;
 
     /// Returns a message of nftables with one attribute.
     fn message(kind: u8, family: u8, attribute: u16, value: &[u8]) -> Vec<u8> {
