@@ -13,6 +13,7 @@ use serde_json::Value;
 use toml::Table;
 
 pub use super::cluster::Cluster;
+use super::files;
 pub use super::metrics::Metrics;
 use super::process::{self, Finished, Process};
 pub use super::record::Record;
@@ -187,10 +188,7 @@ impl Agent {
     /// If the file cannot be written.
     pub fn put_record(&self, record: &Record) -> Result<()> {
         let path = self.records_directory().join(format!("{}.toml", record.name));
-        // The rename is atomic: the agent's watcher never reads half a file.
-        let new = path.with_extension("new");
-        fs::write(&new, record.to_toml())?;
-        fs::rename(&new, &path).with_context(|| format!("writing {}", path.display()))
+        files::replace(&path, record.to_toml())
     }
 
     /// Removes a node record of this agent.

@@ -16,6 +16,7 @@ pub mod cni;
 pub mod console;
 pub mod containerd;
 pub mod elf;
+pub mod files;
 pub mod image;
 pub mod instance;
 pub mod link;

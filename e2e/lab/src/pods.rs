@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::agent::{Agent, Cluster};
 use super::cni::Runtime;
+use super::files;
 use super::{Family, Lab, Netns, Plan};
 
 /// Prepares agents that serve pods on `nodes` nodes. `change` may change each agent and its record.
@@ -72,8 +73,5 @@ pub fn list(agent: &Agent) -> Result<Value> {
 /// # Errors
 /// If the file cannot be written or renamed.
 pub fn put_list(agent: &Agent, list: &Value) -> Result<()> {
-    let path = list_path(agent);
-    let new = path.with_extension("tmp");
-    fs::write(&new, list.to_string())?;
-    Ok(fs::rename(new, path)?)
+    files::replace(&list_path(agent), list.to_string())
 }

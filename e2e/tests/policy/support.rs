@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use skein_lab::agent::{Agent, Cluster};
 use skein_lab::cni::{self, attachment};
 use skein_lab::pods::{prepared, runtime};
-use skein_lab::{Family, Netns, Pod};
+use skein_lab::{Family, Netns, Pod, files};
 
 /// Time after which a probe without an answer counts as dropped.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(400);
@@ -41,12 +41,9 @@ pub(super) fn up(nodes: u8, objects: &str) -> Result<Cluster> {
     Ok(cluster)
 }
 
-/// Writes a file of objects for an agent; the rename is atomic.
+/// Writes a file of objects for an agent.
 pub(super) fn put(agent: &Agent, name: &str, text: &str) -> Result<()> {
-    let path = directory(agent).join(name);
-    let new = path.with_extension("new");
-    fs::write(&new, text)?;
-    fs::rename(&new, &path).with_context(|| format!("writing {}", path.display()))
+    files::replace(&directory(agent).join(name), text)
 }
 
 /// Writes a file of objects for all agents.
