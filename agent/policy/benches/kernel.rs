@@ -86,42 +86,42 @@ fn delete_table() {
     let _ = Command::new("nft").args(["delete", "table", "inet", "skein-policy"]).output();
 }
 
+/// Each iteration applies two differences to the installed program; the second reverts the first.
+fn apply_in_turn(bencher: Bencher<'_, '_>, there: &Difference, back: &Difference) {
+    let (runtime, mut enforcer) = installed();
+    bencher.bench_local(|| {
+        runtime.block_on(enforcer.apply(there)).unwrap();
+        runtime.block_on(enforcer.apply(back)).unwrap();
+    });
+}
+
 /// Each iteration adds an element to a number of sets, and removes the elements again.
 #[divan::bench(args = [1, 100, 1_000], sample_count = 50)]
 fn elements_come_and_go(bencher: Bencher<'_, '_>, sets: u32) {
-    let (runtime, mut enforcer) = installed();
     let difference = |added| {
         let changes = BTreeMap::from([(element(POLICIES * ADDRESSES), added)]);
         let elements = (0..sets).map(|number| (set(number), changes.clone())).collect();
         Difference { elements, ..Difference::default() }
     };
     let (there, back) = (difference(true), difference(false));
-    bencher.bench_local(|| {
-        runtime.block_on(enforcer.apply(&there)).unwrap();
-        runtime.block_on(enforcer.apply(&back)).unwrap();
-    });
+    apply_in_turn(bencher, &there, &back);
 }
 
 /// Each iteration adds the verdicts of an interface, and removes them again.
 #[divan::bench(sample_count = 50)]
 fn interface_comes_and_goes(bencher: Bencher<'_, '_>) {
-    let (runtime, mut enforcer) = installed();
     let difference = |change: Change<Verdict>| {
         let changes = BTreeMap::from([("skpnew".to_owned(), change)]);
         Difference { from: changes.clone(), to: changes, ..Difference::default() }
     };
     let there = difference(Change::Added(Verdict::Accept));
     let back = difference(Change::Removed);
-    bencher.bench_local(|| {
-        runtime.block_on(enforcer.apply(&there)).unwrap();
-        runtime.block_on(enforcer.apply(&back)).unwrap();
-    });
+    apply_in_turn(bencher, &there, &back);
 }
 
 /// Each iteration replaces the chain of one pod twice.
 #[divan::bench(sample_count = 5)]
 fn policy_changes(bencher: Bencher<'_, '_>) {
-    let (runtime, mut enforcer) = installed();
     let (old, new) = (chain(80, set(0)), chain(81, set(0)));
     let difference = |from: &Chain, to: &Chain| Difference {
         chains: BTreeMap::from([
@@ -132,10 +132,7 @@ fn policy_changes(bencher: Bencher<'_, '_>) {
         ..Difference::default()
     };
     let (there, back) = (difference(&old, &new), difference(&new, &old));
-    bencher.bench_local(|| {
-        runtime.block_on(enforcer.apply(&there)).unwrap();
-        runtime.block_on(enforcer.apply(&back)).unwrap();
-    });
+    apply_in_turn(bencher, &there, &back);
 }
 
 /// Each iteration installs the whole table.

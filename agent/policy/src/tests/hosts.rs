@@ -1,13 +1,14 @@
 //! Hosts as network namespaces, connected by veth pairs to the calling thread's namespace.
 
 use std::fs::File;
-use std::io::Write as _;
 use std::net::IpAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use skein_sys::in_new_network_namespace;
 use skein_sys::netns::in_network_namespace;
+
+use super::kernel::run;
 
 /// Hardware address of the router on every link.
 const ROUTER_MAC: &str = "ee:ee:ee:ee:ee:ee";
@@ -74,14 +75,5 @@ impl Drop for Host {
 
 /// Runs `ip -batch` with commands in the calling thread's namespace.
 fn ip(commands: &str) {
-    let mut child = Command::new("ip")
-        .args(["-batch", "-"])
-        .stdin(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("ip is missing: install the Debian package iproute2");
-    child.stdin.take().unwrap().write_all(commands.as_bytes()).unwrap();
-    let output = child.wait_with_output().unwrap();
-    let complaint = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "ip: {complaint}\n{commands}");
+    run("ip", "iproute2", &["-batch", "-"], commands);
 }

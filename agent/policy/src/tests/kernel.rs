@@ -25,17 +25,23 @@ pub(super) fn table() -> Table {
 
 /// Runs `nft` with a transaction; returns what it printed.
 pub(super) fn nft(arguments: &[&str], transaction: &str) -> String {
-    let mut child = Command::new("nft")
+    run("nft", "nftables", arguments, transaction)
+}
+
+/// Runs a program of a Debian package with an input, in the calling thread's namespace; returns
+/// what it printed.
+pub(super) fn run(program: &str, package: &str, arguments: &[&str], input: &str) -> String {
+    let mut child = Command::new(program)
         .args(arguments)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .expect("nft is missing: install the Debian package nftables");
-    child.stdin.take().unwrap().write_all(transaction.as_bytes()).unwrap();
+        .unwrap_or_else(|_| panic!("{program} is missing: install the Debian package {package}"));
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
     let output = child.wait_with_output().unwrap();
     let complaint = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "nft {arguments:?}: {complaint}\n{transaction}");
+    assert!(output.status.success(), "{program} {arguments:?}: {complaint}\n{input}");
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
