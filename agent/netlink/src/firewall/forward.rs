@@ -144,7 +144,7 @@ pub enum RemovalError {
     /// The chains cannot be listed.
     #[error(transparent)]
     List(#[from] FirewallError),
-    /// These chains could not be changed; each entry has the error.
+    /// Chains that could not be changed; each entry has the error.
     #[error("{}", .0.join("; "))]
     Chains(Vec<String>),
 }

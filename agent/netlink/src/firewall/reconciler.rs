@@ -55,7 +55,7 @@ pub enum TableError {
     /// The table is not installed; the text is [`FirewallStatus::error`].
     #[error("{0}")]
     NotInstalled(String),
-    /// Another program has changed the table.
+    /// The table, which another program has changed.
     #[error("the nftables table inet {table} was changed")]
     Changed {
         /// Name of the table.

@@ -78,7 +78,7 @@ impl Engine {
     /// Returns the scopes that contain all pods to which the program refers, besides the pods of
     /// this node; `None` if they have not changed since the last call.
     ///
-    /// With the pods of these scopes and of this node, the program is the same as with all pods of
+    /// The program with the pods of these scopes and of this node is the same as with all pods of
     /// the cluster, as long as no two pods have the same address. Every pod of the cluster, in the
     /// form of `namespaceSelector: {}` without a pod selector, needs no scope: the pod CIDRs stand
     /// for them.
