@@ -69,24 +69,22 @@ async fn follow(client: Client, node: String, sink: PolicySink) {
     watches.want(&BASE.into());
     let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
     loop {
-        let result = tokio::select! {
-            Some((scope, report)) = reports.recv() => {
-                watches.on_health(&scope, report);
-                Ok(())
+        let mut is_sweep_due = false;
+        tokio::select! {
+            Some((scope, report)) = reports.recv() => watches.on_health(&scope, report),
+            changed = needs.changed() => {
+                if changed.is_err() {
+                    return;
+                }
             }
-            changed = needs.changed() => match changed {
-                Ok(()) => Ok(()),
-                Err(_) => Err(ServiceEnded),
-            },
-            // A watch that is needed again since the last tick must not end.
-            _ = sweep.tick() => {
-                watches.want(&scopes(&needs.borrow()));
-                watches.sweep(Instant::now()).await
-            }
-        };
-        let wanted = scopes(&needs.borrow_and_update());
-        watches.want(&wanted);
-        if result.and(watches.publish().await).is_err() {
+            _ = sweep.tick() => is_sweep_due = true,
+        }
+        // The needs come first: a watch that is needed again must not end.
+        watches.want(&scopes(&needs.borrow_and_update()));
+        if is_sweep_due && watches.sweep(Instant::now()).await.is_err() {
+            return;
+        }
+        if watches.publish().await.is_err() {
             return;
         }
     }
