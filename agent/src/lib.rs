@@ -23,3 +23,4 @@ pub mod metrics;
 pub mod policy;
 pub mod status;
 pub mod watch;
+mod watched_value;

@@ -48,6 +48,7 @@ use crate::failure::Failure;
 use crate::lifecycle::{NotReady, Readiness};
 use crate::listener::Listener;
 use crate::status::Offer;
+use crate::watched_value::send_if_changed;
 
 /// Interval of the reconciliation of leases, interfaces, firewall, spool and installed files.
 const RECONCILE_INTERVAL: Duration = Duration::from_secs(10);
@@ -137,11 +138,7 @@ impl Pods {
     /// Sets the node's network. The pools and the node's ends of existing pods follow; a changed
     /// MTU applies to new pods.
     pub fn set_network(&self, network: PodNetworkConfig) {
-        self.network.send_if_modified(|present| {
-            let differs = *present != network;
-            *present = network;
-            differs
-        });
+        send_if_changed(&self.network, network);
     }
 }
 

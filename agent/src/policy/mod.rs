@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use skein_netlink::nftables::Monitor;
+use skein_policy::render;
 
 pub use self::attachments::Attachment;
 use self::directory::Directory;
@@ -52,18 +53,14 @@ pub async fn start(
     monitor: Option<&Monitor>,
 ) -> Result<Option<PolicyService>, Failure> {
     let mode = config.policy.mode;
-    if mode == PolicyMode::Off {
-        if config.cni.enabled && !remove_earlier(config).await {
-            let config = config.clone();
-            // A table that remains drops the traffic of new pods.
-            tokio::spawn(async move {
-                while !remove_earlier(&config).await {
-                    tokio::time::sleep(REMOVAL_INTERVAL).await;
-                }
-            });
+    let table_mode = match mode {
+        PolicyMode::Off => {
+            remove_earlier_until_done(config).await;
+            return Ok(None);
         }
-        return Ok(None);
-    }
+        PolicyMode::Audit => render::Mode::Audit,
+        PolicyMode::Enforce => render::Mode::Enforce,
+    };
     let source = match &config.policy.directory {
         Some(directory) => directory.display().to_string(),
         None => "kubernetes".to_owned(),
@@ -74,7 +71,7 @@ pub async fn start(
         store: Store::new(&config.state_dir, source),
         readiness: readiness.clone(),
     };
-    let service = PolicyService::start(settings, KernelTable::new(mode, monitor.cloned()))
+    let service = PolicyService::start(settings, KernelTable::new(table_mode, monitor.cloned()))
         .context("cannot start the service of network policies")?;
     if let Some(directory) = &config.policy.directory {
         let follow = Directory::new(directory.clone()).follow(service.sink());
@@ -82,6 +79,21 @@ pub async fn start(
         tokio::spawn(follow);
     }
     Ok(Some(service))
+}
+
+/// Removes what an earlier configuration has left. After a failure, a task tries again, because a
+/// table that remains drops the traffic of new pods.
+async fn remove_earlier_until_done(config: &Config) {
+    if !config.cni.enabled || remove_earlier(config).await {
+        return;
+    }
+    let config = config.clone();
+    tokio::spawn(async move {
+        tokio::time::sleep(REMOVAL_INTERVAL).await;
+        while !remove_earlier(&config).await {
+            tokio::time::sleep(REMOVAL_INTERVAL).await;
+        }
+    });
 }
 
 /// Removes what an earlier configuration has left. Returns false if something could not be removed.

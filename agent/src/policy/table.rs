@@ -10,8 +10,6 @@ use skein_policy::engine::Engine;
 use skein_policy::program::{Difference, Program};
 use skein_policy::render;
 
-use crate::config::PolicyMode;
-
 /// Name of the table, of the family inet.
 pub const TABLE: &str = "skein-policy";
 /// NFLOG group that receives refused packets.
@@ -42,7 +40,7 @@ pub(super) trait Table: Send + 'static {
 /// The table in the kernel. It is opened by the first request, and by the next one after a failure.
 #[derive(Debug)]
 pub(super) struct KernelTable {
-    mode: PolicyMode,
+    mode: render::Mode,
     /// Notifications of the kernel; `None` until they are available.
     monitor: Option<Monitor>,
     enforcer: Option<Enforcer>,
@@ -51,7 +49,7 @@ pub(super) struct KernelTable {
 impl KernelTable {
     /// Returns the table for policies with this effect. `monitor` has the notifications of the
     /// kernel; without it, the first request subscribes to them.
-    pub(super) fn new(mode: PolicyMode, monitor: Option<Monitor>) -> Self {
+    pub(super) fn new(mode: render::Mode, monitor: Option<Monitor>) -> Self {
         Self { mode, monitor, enforcer: None }
     }
 
@@ -59,10 +57,7 @@ impl KernelTable {
         let enforcer = match self.enforcer.take() {
             Some(enforcer) => enforcer,
             None => {
-                let mode = match self.mode {
-                    PolicyMode::Off | PolicyMode::Audit => render::Mode::Audit,
-                    PolicyMode::Enforce => render::Mode::Enforce,
-                };
+                let mode = self.mode;
                 let (name, pod_prefix) = (TABLE.to_owned(), HOST_PREFIX.to_owned());
                 let table = render::Table { name, pod_prefix, log_group: LOG_GROUP, mode };
                 let monitor = match self.monitor.take() {

@@ -5,12 +5,15 @@ use std::sync::{Mutex, MutexGuard};
 
 use serde_json::{Value, json};
 use skein_cni_protocol::Pod as PodName;
+use skein_policy::enforce::Event;
 use skein_policy::engine::Engine;
+use skein_policy::model::PodId;
 use skein_policy::program::{Difference, Program, Verdict};
 use tokio::time::timeout;
 
+use super::owner::{MAX_BATCH, POD_TIMEOUT};
 use super::*;
-use crate::policy::source::{ObjectId, PodScope, PolicyObject, Scope};
+use crate::policy::source::{ObjectId, PodScope, PolicyEvent, PolicyObject, Scope};
 
 /// Interface of the pod under test.
 const INTERFACE: &str = "skp00000000001";
@@ -25,6 +28,12 @@ struct Kernel {
     installations: usize,
 }
 
+impl Kernel {
+    fn verdict(&self) -> Option<Verdict> {
+        self.program.as_ref()?.to.get(INTERFACE).cloned()
+    }
+}
+
 #[derive(Debug, Clone, Default)]
 struct FakeTable(Arc<Mutex<Kernel>>);
 
@@ -35,7 +44,12 @@ impl FakeTable {
 
     /// Returns the verdict for packets to the interface under test; `None` without an entry.
     fn verdict(&self) -> Option<Verdict> {
-        self.kernel().program.as_ref()?.to.get(INTERFACE).cloned()
+        self.kernel().verdict()
+    }
+
+    /// Waits for a verdict for packets to the interface under test.
+    async fn wait_for_verdict(&self, condition: impl Fn(Option<Verdict>) -> bool) {
+        self.wait_for(|kernel| condition(kernel.verdict())).await;
     }
 
     async fn wait_for(&self, condition: impl Fn(&Kernel) -> bool) {
@@ -98,6 +112,13 @@ impl Fixture {
     fn start(is_static: bool) -> Self {
         let directory = Arc::new(tempfile::tempdir().unwrap());
         Self::restart(is_static, FakeTable::default(), directory)
+    }
+
+    /// Starts a service on a node that has no pods yet.
+    async fn without_pods(is_static: bool) -> Self {
+        let fixture = Self::start(is_static);
+        fixture.service.set_attachments(Vec::new()).await;
+        fixture
     }
 
     fn restart(is_static: bool, table: FakeTable, directory: Arc<tempfile::TempDir>) -> Self {
@@ -187,8 +208,7 @@ fn is_isolated(verdict: Option<Verdict>) -> bool {
 
 #[tokio::test]
 async fn known_pod_is_enforced_before_attach_returns() {
-    let fixture = Fixture::start(false);
-    fixture.service.set_attachments(Vec::new()).await;
+    let fixture = Fixture::without_pods(false).await;
     fixture.list(vec![namespace(), policy(), pod("1", "web")]).await;
     assert_eq!(fixture.attach(Some("1")).await, Ok(Attached::Enforced));
     assert!(is_isolated(fixture.table.verdict()), "The policy must apply.");
@@ -199,8 +219,7 @@ async fn known_pod_is_enforced_before_attach_returns() {
 
 #[tokio::test]
 async fn list_longer_than_a_batch_is_applied_wholly() {
-    let fixture = Fixture::start(false);
-    fixture.service.set_attachments(Vec::new()).await;
+    let fixture = Fixture::without_pods(false).await;
     let named = |number| {
         PolicyObject::NetworkPolicy(read(json!({
             "metadata": { "namespace": "shop", "name": format!("policy-{number}") },
@@ -215,8 +234,7 @@ async fn list_longer_than_a_batch_is_applied_wholly() {
 
 #[tokio::test]
 async fn pod_in_namespace_without_policies_does_not_wait() {
-    let fixture = Fixture::start(false);
-    fixture.service.set_attachments(Vec::new()).await;
+    let fixture = Fixture::without_pods(false).await;
     fixture.list(vec![namespace()]).await;
     let start = std::time::Instant::now();
     assert_eq!(fixture.attach(Some("1")).await, Ok(Attached::Enforced));
@@ -224,15 +242,12 @@ async fn pod_in_namespace_without_policies_does_not_wait() {
     assert_eq!(fixture.table.verdict(), Some(Verdict::Accept));
     // A policy that may select the pod changes that.
     fixture.send(PolicyEvent::Upsert(policy())).await;
-    let refused =
-        |kernel: &Kernel| kernel.program.as_ref().unwrap().to[INTERFACE] == Verdict::Refuse;
-    fixture.table.wait_for(refused).await;
+    fixture.table.wait_for_verdict(|verdict| verdict == Some(Verdict::Refuse)).await;
 }
 
 #[tokio::test]
 async fn unknown_pod_is_quarantined_until_its_object_arrives() {
-    let fixture = Fixture::start(false);
-    fixture.service.set_attachments(Vec::new()).await;
+    let fixture = Fixture::without_pods(false).await;
     // The object is that of an earlier pod of the same name.
     fixture.list(vec![namespace(), policy(), pod("old", "other")]).await;
     assert_eq!(fixture.attach(Some("new")).await, Ok(Attached::Quarantined));
@@ -241,16 +256,12 @@ async fn unknown_pod_is_quarantined_until_its_object_arrives() {
     let id = PodId { namespace: "shop".to_owned(), name: "web".to_owned() };
     assert!(fixture.service.sink().needs().borrow().unknown_pods.contains(&id));
     fixture.send(PolicyEvent::Upsert(pod("new", "web"))).await;
-    fixture
-        .table
-        .wait_for(|kernel| is_isolated(kernel.program.as_ref().unwrap().to.get(INTERFACE).cloned()))
-        .await;
+    fixture.table.wait_for_verdict(is_isolated).await;
 }
 
 #[tokio::test]
 async fn attach_waits_for_the_object_of_a_pod() {
-    let fixture = Fixture::start(false);
-    fixture.service.set_attachments(Vec::new()).await;
+    let fixture = Fixture::without_pods(false).await;
     fixture.list(vec![namespace(), policy()]).await;
     let sink = fixture.service.sink();
     tokio::spawn(async move {
@@ -263,8 +274,7 @@ async fn attach_waits_for_the_object_of_a_pod() {
 
 #[tokio::test]
 async fn refused_commit_fails_the_attachment() {
-    let fixture = Fixture::start(false);
-    fixture.service.set_attachments(Vec::new()).await;
+    let fixture = Fixture::without_pods(false).await;
     fixture.list(vec![namespace(), policy(), pod("1", "web")]).await;
     fixture.table.kernel().error = Some("no buffer space".to_owned());
     let error = fixture.attach(Some("1")).await.unwrap_err();
@@ -281,31 +291,24 @@ async fn refused_commit_fails_the_attachment() {
 
 #[tokio::test]
 async fn half_a_list_removes_nothing() {
-    let fixture = Fixture::start(false);
-    fixture.service.set_attachments(Vec::new()).await;
+    let fixture = Fixture::without_pods(false).await;
     fixture.list(vec![namespace(), policy(), pod("1", "web")]).await;
     fixture.attach(Some("1")).await.unwrap();
     fixture.send(PolicyEvent::ListStarted(Scope::NetworkPolicies)).await;
     let count = fixture.service.inspect(|objects, _| objects.engine.inventory().policies().count());
     assert_eq!(count.await, Ok(1));
     fixture.send(PolicyEvent::ListComplete(Scope::NetworkPolicies)).await;
-    let accepted =
-        |kernel: &Kernel| kernel.program.as_ref().unwrap().to[INTERFACE] == Verdict::Accept;
-    fixture.table.wait_for(accepted).await;
+    fixture.table.wait_for_verdict(|verdict| verdict == Some(Verdict::Accept)).await;
 }
 
 #[tokio::test]
 async fn pod_without_object_has_no_labels_in_static_mode() {
-    let fixture = Fixture::start(true);
-    fixture.service.set_attachments(Vec::new()).await;
+    let fixture = Fixture::without_pods(true).await;
     fixture.list(vec![policy()]).await;
     assert_eq!(fixture.attach(None).await, Ok(Attached::Enforced));
     assert_eq!(fixture.table.verdict(), Some(Verdict::Accept));
     fixture.send(PolicyEvent::Upsert(pod("", "web"))).await;
-    fixture
-        .table
-        .wait_for(|kernel| is_isolated(kernel.program.as_ref().unwrap().to.get(INTERFACE).cloned()))
-        .await;
+    fixture.table.wait_for_verdict(is_isolated).await;
     let id = PodId { namespace: "shop".to_owned(), name: "web".to_owned() };
     let known = id.clone();
     let addresses = fixture.service.inspect(move |objects, _| {
@@ -317,15 +320,12 @@ async fn pod_without_object_has_no_labels_in_static_mode() {
         "The lease gives the address."
     );
     fixture.send(PolicyEvent::Remove(ObjectId::Pod(PodScope::Local, id))).await;
-    let accepted =
-        |kernel: &Kernel| kernel.program.as_ref().unwrap().to[INTERFACE] == Verdict::Accept;
-    fixture.table.wait_for(accepted).await;
+    fixture.table.wait_for_verdict(|verdict| verdict == Some(Verdict::Accept)).await;
 }
 
 #[tokio::test]
 async fn namespace_without_object_is_known_in_static_mode() {
-    let fixture = Fixture::start(true);
-    fixture.service.set_attachments(Vec::new()).await;
+    let fixture = Fixture::without_pods(true).await;
     fixture.list(vec![policy(), pod("", "web")]).await;
     assert_eq!(fixture.attach(None).await, Ok(Attached::Enforced));
     assert!(is_isolated(fixture.table.verdict()), "The policy must apply.");
@@ -336,8 +336,7 @@ async fn namespace_without_object_is_known_in_static_mode() {
 
 #[tokio::test]
 async fn stored_objects_are_enforced_without_a_source() {
-    let fixture = Fixture::start(false);
-    fixture.service.set_attachments(Vec::new()).await;
+    let fixture = Fixture::without_pods(false).await;
     fixture.list(vec![namespace(), policy(), pod("1", "web")]).await;
     let file = fixture.directory.path().join(super::super::store::FILE);
     timeout(SOON, async {
@@ -372,10 +371,7 @@ async fn damaged_store_leaves_the_kernel_table_unchanged() {
     );
     assert!(!fixture.readiness.reasons().is_empty());
     fixture.list(vec![namespace(), policy(), pod("1", "web")]).await;
-    fixture
-        .table
-        .wait_for(|kernel| is_isolated(kernel.program.as_ref().unwrap().to.get(INTERFACE).cloned()))
-        .await;
+    fixture.table.wait_for_verdict(is_isolated).await;
     assert!(fixture.readiness.reasons().is_empty());
 }
 
@@ -387,8 +383,5 @@ async fn pods_of_a_node_without_policies_pass_until_policies_are_known() {
     assert_eq!(fixture.table.verdict(), Some(Verdict::Accept));
     assert!(!fixture.readiness.reasons().is_empty());
     fixture.list(vec![namespace(), policy(), pod("1", "web")]).await;
-    fixture
-        .table
-        .wait_for(|kernel| is_isolated(kernel.program.as_ref().unwrap().to.get(INTERFACE).cloned()))
-        .await;
+    fixture.table.wait_for_verdict(is_isolated).await;
 }
